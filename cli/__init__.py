@@ -1,0 +1,1 @@
+"""The ``tilewright`` command: one thin file a subcommand."""

@@ -1,0 +1,96 @@
+"""Which implementation runs: one function, `choose`, and the two ways to override it.
+
+- On a CUDA device the Triton kernels run.
+- On CPU the plain PyTorch reference runs, which Inductor can fuse with its neighbours; an opaque kernel would not be.
+- ``tilewright.kernels.use("triton" | "reference" | "auto")`` overrides the choice within a ``with`` block,
+  the environment variable ``TILEWRIGHT_KERNELS`` for a whole process.
+
+Triton kernels run on CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``, set before the import).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from tilewright.kernels.launch import ahead_of_time
+
+MODES = ("auto", "triton", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads the variable when a kernel is defined, so its value at import is the one that counts.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    """The implementation that serves a call, and why."""
+
+    implementation: str
+    reason: str
+
+
+def _checked_mode(mode: str, source: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"{source} is {mode!r}; it must be one of {', '.join(MODES)}")
+    return mode
+
+
+_mode = _checked_mode(os.environ.get("TILEWRIGHT_KERNELS", "auto"), "the environment variable TILEWRIGHT_KERNELS")
+
+
+@contextmanager
+def use(mode: str) -> Iterator[None]:
+    """Override which implementation runs inside the ``with`` block, for all ops and threads of this process.
+
+    Args:
+        mode: ``"triton"``, ``"reference"`` or ``"auto"``.
+
+    Raises:
+        ValueError: the mode is none of the three.
+    """
+    global _mode
+    previous, _mode = _mode, _checked_mode(mode, "mode")
+    try:
+        yield
+    finally:
+        _mode = previous
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The implementation that an op would use for tensors on `device` of type `dtype`, with the reason.
+
+    Raises:
+        ValueError: Triton is demanded where it cannot run.
+    """
+    if _mode == "reference":
+        return Choice("reference", "demanded by use() or TILEWRIGHT_KERNELS")
+    if _mode == "triton":
+        if not HAS_TRITON:
+            raise ValueError("the Triton kernels are demanded, but triton is not installed: pip install triton")
+        if device.type == "cpu" and not INTERPRETED and not ahead_of_time():
+            raise ValueError(
+                "the Triton kernels are demanded for CPU tensors, which they take only in Triton's interpreter: "
+                "set TRITON_INTERPRET=1 before Python starts, or use('auto')"
+            )
+        if dtype not in TRITON_DTYPES:
+            raise ValueError(
+                f"the Triton kernels take float32, float16 and bfloat16, not {dtype}: convert, or use('reference')"
+            )
+        return Choice("triton", "demanded by use() or TILEWRIGHT_KERNELS")
+    if device.type != "cuda":
+        return Choice("reference", f"on {device.type}, plain PyTorch, which Inductor can fuse")
+    if not HAS_TRITON:
+        return Choice("reference", "triton is not installed")
+    if dtype not in TRITON_DTYPES:
+        return Choice("reference", f"{dtype} is outside what the Triton kernels take")
+    return Choice("triton", "on a CUDA device")
+
+
+def runs_triton(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve a call whose tensors are like `x`."""
+    return choose(x.device, x.dtype).implementation == "triton"

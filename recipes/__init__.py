@@ -1,0 +1,1 @@
+"""Recipes that ship with Tilewright, as YAML: `tilewright train NAME` starts from one."""

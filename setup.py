@@ -1,0 +1,43 @@
+"""Package definition: dependencies, extras, the folder-to-import-name map and the ``tilewright`` command.
+
+The folders stand at the root of the repository and are imported under ``tilewright.``; a top-level package called
+``kernels`` would shadow the ``kernels`` package that ``transformers`` uses.
+"""
+
+from setuptools import setup
+
+FOLDERS = ("kernels", "model", "corpus", "trainer", "cli", "recipes")
+
+setup(
+    name="tilewright",
+    version="0.1.0",
+    description="A kernel-centric trainer: custom Triton kernels, a lean Transformer and an FSDP trainer",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[f"tilewright.{folder}" for folder in FOLDERS],
+    package_dir={f"tilewright.{folder}": folder for folder in FOLDERS},
+    package_data={"tilewright.recipes": ["*.yaml"], **{f"tilewright.{folder}": ["py.typed"] for folder in FOLDERS}},
+    install_requires=[
+        "torch>=2.13",
+        # The kernels need triton only where they run on a GPU; elsewhere the plain PyTorch reference serves.
+        "triton>=3.7; platform_system == 'Linux'",
+        "numpy>=2.0",
+        "tokenizers>=0.22",
+        "jsonargparse>=4.49",
+        "pyyaml>=6.0",
+        "rich>=14.0",
+        "tensorboard>=2.20",
+        "matplotlib>=3.10",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=9.0",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "mypy>=2.4",
+            "import-linter>=2.16",
+            "types-PyYAML>=6.0",
+        ],
+    },
+    entry_points={"console_scripts": ["tilewright = tilewright.cli.main:main"]},
+)

@@ -1,0 +1,301 @@
+"""The report of a run: what it shows, what it says is missing, and that it needs nothing from outside."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from tilewright.trainer import TrainingError
+from tilewright.trainer.report import write_report
+from tilewright.trainer.report_plots import _thin, plots, smoothed, tokens_at
+
+STEPS = 60
+NASTY = """<script>alert("1")</script> & 'x' $\\nope$"""
+TITLES = ["Training loss", "Held-out text", "Throughput", "MFU", "Learning rate", "Gradient norm", "Memory"]
+
+
+def training_line(step, **changes):
+    return {
+        "step": step,
+        "loss": 8.0 - step / 10,
+        "lr": 1e-3,
+        "grad_norm": 0.8,
+        "tokens": 1000 * step,
+        "tokens_per_second": 7000.0 + step,
+        "mfu": 0.40 + step / 10_000,
+        "peak_memory_bytes": 1_000_000_000 + step * 1_000_000,
+        **changes,
+    }
+
+
+def evaluation_line(step, name="heldout"):
+    bits = 8.0 / (1 + step / 20)
+    return {"step": step, "eval": {name: {"loss": 1.0, "perplexity": 2.7, "bits_per_byte": bits, "tokens": 4096}}}
+
+
+SUMMARY = {
+    "name": "quickstart",
+    "status": "finished",
+    "steps": STEPS,
+    "tokens": 60_000,
+    "seconds": 912.4,
+    "heldout": {"bits_per_byte": 1.5523, "gzip_bits_per_byte": 2.0131, "xz_bits_per_byte": 1.7312, "bytes": 10**6},
+    "matmul_peak_flops": 0.8e12,
+    "parameters": 4_213_000,
+    "sample": {"prompt": "def f(x):", "continuation": "\n    return x < 1\n"},
+}
+ENVIRONMENT = {
+    "time": "2026-11-22T04:58:02+00:00",
+    "world_size": 1,
+    "cpu": {"model": "A CPU", "cores": 2, "flags": ["avx2", "amx_bf16"]},
+    "memory_bytes": 25_300_000_000,
+    "gpus": [],
+    "git": None,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a run directory and its report; returns the page. None for a file leaves it out."""
+
+    def run(*, training=None, evaluations=None, summary=SUMMARY, environment=ENVIRONMENT, recipe="name: quickstart\n"):
+        folder = tmp_path / "run-001"
+        folder.mkdir(exist_ok=True)
+        training = [training_line(step) for step in range(1, STEPS + 1)] if training is None else training
+        evaluations = [evaluation_line(step) for step in (0, 20, 40, 60)] if evaluations is None else evaluations
+        if training or evaluations:
+            lines = (json.dumps(line) + "\n" for line in [*training, *evaluations])
+            (folder / "metrics.jsonl").write_text("".join(lines))
+        if summary is not None:
+            (folder / "summary.json").write_text(summary if isinstance(summary, str) else json.dumps(summary))
+        if environment is not None:
+            (folder / "environment.json").write_text(json.dumps(environment))
+        if recipe is not None:
+            (folder / "recipe.yaml").write_text(recipe)
+        assert write_report(folder) == folder / "report.html"
+        return Page((folder / "report.html").read_text())
+
+    return run
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: elements that are open and closed in order, their attributes, the text."""
+
+    VOID = ("meta", "br", "hr", "img", "input", "link")
+
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+        self.elements = []
+        self.open = []
+        self.pieces = []
+        self.feed(source)
+        self.close()
+        self.text = " ".join("".join(self.pieces).split())
+        self.plots = [dict(attributes)["aria-label"] for tag, attributes in self.elements if tag == "svg"]
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, attributes))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.pieces.append(data)
+            self.pieces.append(" " if self.open[-1] != "b" else "")
+
+
+def test_the_headlines_of_a_finished_run(write):
+    text = write().text
+    for figure in (
+        "quickstart finished", "60 steps · A CPU · 2026-11-22T04:58:02+00:00",
+        "held-out bits per byte 1.552 gzip -9: 2.013 · xz -9: 1.731",
+        "training loss 2.000 nats per token, from 7.900", "parameters 4.21 M", "tokens trained on 60.0 k",
+        "wall time 15m12s", "tokens per second 7,030 median", "MFU 40.3% of 0.80 TFLOP/s", "peak memory 1.06 GB",
+    ):  # fmt: skip
+        assert figure in text
+
+
+def test_every_plot_is_there_and_the_page_is_well_formed(write):
+    page = write()
+    assert page.plots == TITLES
+    assert page.open == []
+    assert "gzip -9: 2.013" in page.source
+    assert "xz -9: 1.731" in page.source
+
+
+def test_recipe_environment_sample_and_definition_stand_on_the_page(write):
+    text = write(recipe="name: quickstart\nsteps: 60\n").text
+    assert "name: quickstart steps: 60" in text
+    assert "cpu.flags avx2, amx_bf16" in text
+    assert "world_size 1" in text
+    assert "memory 25.30 GB" in text
+    assert "git none" in text
+    assert "def f(x): return x < 1" in text
+    definition = "6 * parameters in matrix products + 12 * layers * heads * head_dim * sequence_length"
+    assert definition.replace("*", "\N{MULTIPLICATION SIGN}") in text
+    assert "matmul peak measured on this machine at the start of the run" in text
+
+
+def test_nothing_is_asked_of_the_network_and_nothing_is_run(write):
+    page = write()
+    tags = {tag for tag, _ in page.elements}
+    assert tags.isdisjoint({"script", "link", "img", "iframe", "object", "embed", "base", "form", "image"})
+    for tag, attributes in page.elements:
+        for name, value in attributes:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                assert value.startswith("#"), (tag, name, value)
+    assert set(re.findall(r"url\((.)", page.source)) == {"#"}
+    assert "@import" not in page.source
+    assert not re.search(r"https?://(?!www\.w3\.org/(1999/xlink|2000/svg)\")", page.source)
+
+
+def test_ids_are_unique_over_all_plots_and_every_reference_has_its_target(write):
+    page = write()
+    ids = [value for _, attributes in page.elements for name, value in attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 100
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', page.source)
+    assert used
+    assert set(used) <= set(ids)
+
+
+def test_plots_take_the_colours_of_the_page(write):
+    page = write()
+    svg = page.source[page.source.index("<svg") : page.source.rindex("</svg>")]
+    assert not re.search(r"#[0-9a-fA-F]{6}\b", svg)
+    used = set(re.findall(r"var\((--[a-z]+)\)", svg))
+    assert {"--first", "--second", "--third", "--line", "--soft"} <= used
+    light, dark = page.source.split("@media (prefers-color-scheme: dark)")
+    for name in used:
+        assert f"{name}:" in light
+        assert f"{name}:" in dark
+
+
+def test_what_a_user_wrote_is_text_and_nothing_else(write):
+    summary = {**SUMMARY, "name": NASTY, "status": NASTY, "sample": {"prompt": NASTY, "continuation": NASTY}}
+    evaluations = [evaluation_line(step, name=NASTY) for step in (0, 30)]
+    page = write(
+        summary=summary,
+        evaluations=evaluations,
+        recipe=f"name: {NASTY}",
+        environment={NASTY: NASTY, "cpu": {"model": NASTY}},
+    )
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert "<script" not in page.source
+    # Title and heading, status, machine, set, recipe, prompt and continuation, the table's two cells and its model.
+    assert page.text.count(NASTY) == 11
+
+
+def test_an_interrupted_run_says_so_and_shows_what_there_is(write):
+    page = write(summary=None, environment=None, recipe=None)
+    assert "run-001 not finished" in page.text
+    assert "Missing or unreadable here: summary.json, environment.json, recipe.yaml." in page.text
+    assert "it was interrupted, or is still going on" in page.text
+    assert "held-out bits per byte 2.000" in page.text
+    assert "tokens trained on 60.0 k" in page.text
+    assert "MFU 40.3% median step" in page.text
+    assert page.plots == TITLES
+    assert "wall time" not in page.text
+    assert "gzip" not in page.text.lower()
+
+
+def test_a_run_directory_that_holds_nothing_still_has_a_report(write):
+    page = write(training=[], evaluations=[], summary=None, environment=None, recipe=None)
+    assert page.plots == []
+    assert "metrics.jsonl" in page.text
+    assert "No step has been recorded" in page.text
+
+
+@pytest.mark.parametrize("summary", ['{"name": ', "[1, 2]", ""])
+def test_a_damaged_summary_counts_as_missing(write, summary):
+    assert "Missing or unreadable here: summary.json." in write(summary=summary).text
+
+
+def test_fields_of_the_wrong_kind_are_left_out(write):
+    summary = {
+        "name": None,
+        "status": 3,
+        "seconds": "long",
+        "heldout": [1],
+        "sample": "text",
+        "parameters": True,
+    }
+    text = write(summary=summary).text
+    assert "run-001 3" in text
+    assert not re.search("wall time|parameters [0-9]|continuation", text)
+
+
+def test_without_mfu_there_is_no_plot_of_it_and_losses_that_were_not_finite_leave_a_gap(write):
+    training = [training_line(step, mfu=None, loss=None if step < 10 else 2.0) for step in range(1, 30)]
+    page = write(training=training)
+    assert page.plots == [title for title in TITLES if title != "MFU"]
+    assert "training loss 2.000 nats per token, from 2.000" in page.text
+
+
+def test_two_evaluated_sets_are_told_apart(write):
+    lines = [evaluation_line(step) for step in (0, 30)] + [evaluation_line(30, name="code")]
+    source = write(evaluations=lines).source
+    plot = source[source.index('aria-label="Held-out text"') :].split("</svg>")[0]
+    assert re.findall(r">(heldout|code)<", plot) == ["heldout", "code"]
+
+
+def test_a_later_report_replaces_the_earlier_one(write, tmp_path):
+    write(summary=None)
+    assert "finished" in write().text.split()[:3]
+    names = {path.name for path in (tmp_path / "run-001").iterdir()}
+    assert names == {"metrics.jsonl", "summary.json", "environment.json", "recipe.yaml", "report.html"}
+
+
+def test_a_missing_run_directory_is_named(tmp_path):
+    with pytest.raises(TrainingError, match=r"no run directory .*nowhere; name one"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_report_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "report.html" / "something").touch()
+    with pytest.raises(TrainingError, match=r"could not write .*report\.html"):
+        write_report(tmp_path)
+
+
+def test_an_evaluation_between_recorded_steps_stands_at_its_share_of_the_tokens():
+    training = [training_line(10), training_line(20, tokens=50_000)]
+    assert tokens_at(np.array([0.0, 5, 10, 15, 20]), training).tolist() == [0, 5000, 10_000, 30_000, 50_000]
+
+
+def test_smoothing_neither_lags_nor_bends_at_the_ends():
+    line = np.linspace(8, 2, 400)
+    assert np.allclose(smoothed(line)[20:-20], line[20:-20])
+    assert np.allclose(smoothed(np.full(400, 3.0)), 3.0)
+    assert smoothed(np.array([1.0, 2.0])).tolist() == [1.5, 1.5]
+    assert smoothed(np.array([])).tolist() == []
+
+
+def test_smoothing_leaves_out_what_is_not_finite():
+    values = np.array([1.0, np.nan, 3.0, np.inf, 5.0])
+    assert smoothed(values)[2] == 3.0
+    assert np.isnan(smoothed(np.full(40, np.nan))).all()
+
+
+def test_a_long_curve_is_thinned_without_losing_its_spikes():
+    values = np.sin(np.arange(100_000) / 1e4)
+    values[12_345], values[54_321], values[700] = 9.0, -9.0, np.nan
+    places, kept = _thin(np.arange(100_000.0), values)
+    assert len(kept) <= 1000
+    assert (np.diff(places) > 0).all()
+    assert kept[places == 12_345] == 9.0
+    assert kept[places == 54_321] == -9.0
+
+
+def test_a_long_run_makes_no_larger_a_page_than_it_must():
+    training = [training_line(step, loss=3.0 + (step * 7919 % 100) / 100) for step in range(1, 20_001)]
+    assert all(len(plot.svg) < 200_000 for plot in plots(training, [], {}))

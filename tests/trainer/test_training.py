@@ -1,0 +1,182 @@
+"""Whole runs of a tiny recipe in one process: what they leave behind, and that stopping changes nothing."""
+
+import io
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tilewright.trainer import TrainingError, loop
+from tilewright.trainer.checkpoint import committed
+from tilewright.trainer.loop import Outcome, train
+from tilewright.trainer.metrics import read_metrics
+from tilewright.trainer.recipe import load_recipe, recipe_from_run
+
+Write = Callable[..., Path]
+
+
+def run(recipe: Path, *overrides: str) -> tuple[Outcome, str]:
+    output = io.StringIO()
+    outcome = train(load_recipe(str(recipe), overrides), Console(file=output, width=120))
+    return outcome, output.getvalue()
+
+
+def lines(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return read_metrics(run_directory / "metrics.jsonl")
+
+
+def test_a_run_leaves_its_whole_record(tiny_recipe: Write, tiny_corpus: Path) -> None:
+    outcome, _ = run(tiny_recipe())
+    assert (outcome.status, outcome.step) == ("finished", 6)
+    assert {p.name for p in outcome.run.iterdir()} >= {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json", "report.html",
+    }  # fmt: skip
+    steps, evaluations = lines(outcome.run)
+    keys = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_bytes"]
+    assert all(list(line) == keys for line in steps)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in steps] == [8 * 32 * step for step in range(1, 7)]
+    assert [line["lr"] for line in steps][:2] == pytest.approx([5e-3, 1e-2])
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    for line in evaluations:
+        scores = line["eval"]["heldout"]
+        assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+    assert evaluations[-1]["eval"]["heldout"]["loss"] < evaluations[0]["eval"]["heldout"]["loss"]
+    summary = json.loads((outcome.run / "summary.json").read_text())
+    assert summary["heldout"]["bytes"] == sum(
+        len(json.loads(line)["text"].encode()) for line in (tiny_corpus / "documents" / "heldout.jsonl").open()
+    )
+    assert summary["heldout"]["xz_bits_per_byte"] > 0
+    assert summary["sample"]["prompt"] == "the quick"
+
+
+def test_an_untrained_model_knows_nothing(tiny_recipe: Write) -> None:
+    """Before the first step the loss is that of guessing among the vocabulary, in nats and in bits per byte."""
+    outcome, _ = run(tiny_recipe(steps=1, evaluation__windows=0, schedule__warmup_steps=0))
+    first = lines(outcome.run)[1][0]["eval"]["heldout"]
+    assert first["loss"] == pytest.approx(math.log(320), rel=0.01)
+    text_bytes = json.loads((outcome.run / "summary.json").read_text())["heldout"]["bytes"]
+    assert first["bits_per_byte"] == pytest.approx(first["loss"] * first["tokens"] / math.log(2) / text_bytes)
+
+
+def losses(run_directory: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["grad_norm"]) for line in lines(run_directory)[0]]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses_to_the_bit(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe()
+    whole, _ = run(recipe, "--run_directory", str(recipe.parent / "whole"))
+    step, calls = loop.train_step, 0
+
+    def killed_in_the_sixth_step(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", killed_in_the_sixth_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    monkeypatch.undo()
+    interrupted = recipe.parent / "runs" / "tiny-001"
+    assert [checkpoint.step for checkpoint in committed(interrupted)] == [2, 4]
+    assert [line["step"] for line in lines(interrupted)[0]] == [1, 2, 3, 4, 5]
+    outcome, _ = run(recipe)
+    assert outcome.run == interrupted
+    assert [line["step"] for line in lines(interrupted)[0]] == [1, 2, 3, 4, 5, 6]
+    assert losses(interrupted) == losses(whole.run)
+    assert lines(interrupted)[1] == lines(whole.run)[1]
+
+
+def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(checkpoints__every=0)
+    whole, _ = run(recipe, "--run_directory", str(recipe.parent / "whole"))
+    step = loop.train_step
+
+    def with_ctrl_c(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", with_ctrl_c)
+    stopped, _ = run(recipe)
+    monkeypatch.undo()
+    assert (stopped.status, stopped.step) == ("stopped", 1)
+    assert [checkpoint.step for checkpoint in committed(stopped.run)] == [1]
+    assert stopped.report.is_file()
+    finished, _ = run(recipe)
+    assert (finished.run, finished.status) == (stopped.run, "finished")
+    assert losses(finished.run) == losses(whole.run)
+
+
+def test_a_finished_run_is_left_alone_and_the_next_gets_a_directory_of_its_own(tiny_recipe: Write) -> None:
+    recipe = tiny_recipe()
+    first, _ = run(recipe)
+    second, _ = run(recipe)
+    assert (first.run.name, second.run.name) == ("tiny-001", "tiny-002")
+    assert losses(first.run) == losses(second.run)
+
+
+def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe()
+    monkeypatch.setattr(loop, "train_step", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    monkeypatch.undo()
+    outcome, _ = run(recipe, "--optimizer.learning_rate", "2e-2")
+    assert outcome.run.name == "tiny-002"
+    with pytest.raises(TrainingError, match=r"tiny-001 holds a run of another recipe \(optimizer.learning_rate differ"):
+        run(recipe, "--optimizer.learning_rate", "2e-2", "--run_directory", str(recipe.parent / "runs" / "tiny-001"))
+
+
+def test_a_directory_that_another_command_trains_in_is_refused(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe()
+    step = loop.train_step
+
+    def train_again_meanwhile(*args: Any, **options: Any) -> Any:
+        with (
+            pytest.raises(TrainingError, match="another command is training in"),
+            loop.locked(recipe.parent / "runs" / "tiny-001"),
+        ):
+            pass
+        return step(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", train_again_meanwhile)
+    assert run(recipe)[0].status == "finished"
+
+
+def test_the_resolved_recipe_is_saved_beside_the_checkpoints(tiny_recipe: Write) -> None:
+    recipe = tiny_recipe()
+    outcome, _ = run(recipe, "--steps", "2")
+    assert recipe_from_run(outcome.run / "recipe.yaml") == load_recipe(str(recipe), ["--steps", "2"])
+
+
+def test_samples_do_not_depend_on_the_micro_batch(tiny_recipe: Write) -> None:
+    """The step's tokens are the same however they are cut; the losses then differ by rounding alone."""
+    recipe = tiny_recipe()
+    two, _ = run(recipe)
+    four, _ = run(recipe, "--batch.micro_batch", "4")
+    for a, b in zip(losses(two.run), losses(four.run), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert losses(two.run) != losses(four.run)
+
+
+def test_gpt2_style_models_and_crossing_documents_train_too(tiny_recipe: Write) -> None:
+    recipe = tiny_recipe(model__preset="gpt2", model__kv_heads=2, data__across_documents=True)
+    outcome, _ = run(recipe)
+    evaluations = lines(outcome.run)[1]
+    assert evaluations[-1]["eval"]["heldout"]["loss"] < evaluations[0]["eval"]["heldout"]["loss"]

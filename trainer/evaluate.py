@@ -1,0 +1,74 @@
+"""Scoring held-out text: loss, perplexity, and bits per byte, which compares across tokenizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from tilewright.corpus import IGNORE, Batch, HeldOutStream
+from tilewright.trainer.parallel import World
+from tilewright.trainer.step import MicroBatch
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    stream: HeldOutStream,
+    world: World,
+    *,
+    windows: int,
+    micro_batch: int,
+    byte_lengths: npt.NDArray[np.int32],
+    across_documents: bool,
+) -> dict[str, float]:
+    """Score `windows` windows spread evenly over the stream (0 or too many: all of them).
+
+    Args:
+        byte_lengths: (vocab,), the bytes of UTF-8 that each token stands for.
+
+    Returns:
+        loss (nats a token), perplexity (its exponential), bits_per_byte (bits over all tokens ÷ bytes of the text they
+        stand for) and tokens (how many were scored).
+    """
+    chosen = _spread(len(stream), windows)
+    mine = chosen[world.rank :: world.size]
+    # Every process makes as many forward passes as the busiest, for each is a collective under sharding.
+    passes = -(-len(chosen[:: world.size]) // micro_batch)
+    nats = tokens = text_bytes = 0.0
+    model.eval()
+    for number in range(passes):
+        part = mine[number * micro_batch : (number + 1) * micro_batch]
+        batch = _padded(stream, part, micro_batch)
+        micro = MicroBatch.of(batch, world.device, across_documents=across_documents)
+        nats += float(model(micro.inputs, micro.targets, micro.cu_seqlens))
+        scored = batch.targets[batch.targets != IGNORE]
+        tokens += scored.size
+        text_bytes += float(byte_lengths[scored].sum())
+    model.train()
+    nats, tokens, text_bytes = world.sum(nats, tokens, text_bytes)
+    loss = nats / max(tokens, 1.0)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+        "tokens": tokens,
+    }
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices spread evenly over range(count); all of them if there are no more."""
+    if wanted == 0 or wanted >= count:
+        return list(range(count))
+    return [number * count // wanted for number in range(wanted)]
+
+
+def _padded(stream: HeldOutStream, windows: Sequence[int], micro_batch: int) -> Batch:
+    """A batch of always `micro_batch` rows, so that nothing is compiled anew; rows past `windows` count for nothing."""
+    batch = stream.batch([*windows, *[0] * (micro_batch - len(windows))])
+    batch.targets[len(windows) :] = IGNORE
+    return batch

@@ -1,0 +1,32 @@
+"""Stopping between steps when asked: Ctrl-C, or the SIGTERM that a cluster sends."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class Interruption:
+    """Within its ``with`` block, the first SIGINT or SIGTERM only asks to stop; a second SIGINT interrupts at once.
+
+    Attributes:
+        requested: whether a stop was asked for.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interruption:
+        self._previous = {number: signal.signal(number, self._ask) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,174 @@
+"""The record of a run: `metrics.jsonl`, one JSON object a line, and the same figures as TensorBoard events.
+
+A training line holds exactly the fields of `TrainingLine`; an evaluation line holds `step` and
+`eval: {NAME: {loss, perplexity, bits_per_byte, tokens}}`. A value that is not finite is written as null, which every
+JSON reader takes. Each step stands once, however often the run was killed and resumed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.run_directory import write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+class TrainingLine(TypedDict):
+    """What one step recorded.
+
+    Attributes:
+        step: optimizer steps done, this one included.
+        loss: mean cross-entropy of the step's tokens, in nats.
+        lr: the learning rate that the step used.
+        grad_norm: global 2-norm of the gradient before clipping.
+        tokens: trained on so far, over all processes and restarts.
+        tokens_per_second: over all processes.
+        mfu: model FLOPs utilisation as a fraction of 1; None where no peak is known.
+        peak_memory_bytes: the most memory in use at once so far.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    mfu: float | None
+    peak_memory_bytes: int
+
+
+class Metrics:
+    """Owns `metrics.jsonl` and `tensorboard/` of a run directory; one process of the run opens it.
+
+    Each line is flushed as it is written.
+
+    Args:
+        run_directory: exists.
+        resume_step: the step of the checkpoint that the run goes on from, 0 for a new run. Lines of later steps,
+            written by a process that died after that checkpoint, are dropped, and so is a line that its death tore.
+
+    Raises:
+        TrainingError: here and in every method, a file cannot be written: the disk is full, say.
+    """
+
+    def __init__(self, run_directory: Path, *, resume_step: int) -> None:
+        self._path = run_directory / METRICS
+        with _explained(run_directory):
+            if self._path.exists():
+                _keep_lines(self._path, lambda line: line["step"] <= resume_step)
+            self._evaluated = {line["step"] for line in _lines(self._path) if "eval" in line}
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = _open_events(run_directory / "tensorboard", resume_step)
+
+    def train(self, **fields: Unpack[TrainingLine]) -> None:
+        """Record a training step."""
+        line = {name: fields[name] for name in TrainingLine.__annotations__}  # type: ignore[literal-required]
+        self._write(line)
+        self._scalars({f"train/{name}": value for name, value in line.items() if name != "step"}, fields["step"])
+
+    def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Record an evaluation, in place of an earlier one of the same step.
+
+        Args:
+            step: optimizer steps done.
+            results: for each evaluated set its loss (nats per token), perplexity, bits_per_byte and tokens.
+        """
+        if step in self._evaluated:
+            # A run that died between this evaluation and its checkpoint evaluates again when it resumes.
+            with _explained(self._path):
+                self._file.close()
+                _keep_lines(self._path, lambda line: "eval" not in line or line["step"] != step)
+                self._file = self._path.open("a", encoding="utf-8")
+        self._evaluated.add(step)
+        self._write({"step": step, "eval": {name: dict(result) for name, result in results.items()}})
+        values = {f"eval/{name}/{key}": value for name, result in results.items() for key, value in result.items()}
+        self._scalars(values, step)
+        with _explained(self._path.parent):
+            self._events.flush()
+
+    def close(self) -> None:
+        """Finish both records; nothing can be recorded afterwards. A second close does nothing."""
+        with _explained(self._path.parent):
+            self._file.close()
+            self._events.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with _explained(self._path):
+            self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        with _explained(self._path.parent):
+            for name, value in values.items():
+                if value is not None and math.isfinite(value):
+                    self._events.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The training lines and the evaluation lines of a `metrics.jsonl`, of a run that may still be going on.
+
+    Raises:
+        TrainingError: the file is missing or cannot be read.
+    """
+    if not path.is_file():
+        raise TrainingError(f"there is no {path}; name a run directory in which a training run has recorded a step")
+    with _explained(path, "read"):
+        lines = list(_lines(path))
+    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
+
+
+def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in _lines(path) if wanted(line))
+    if text.encode() != path.read_bytes():
+        write_atomically(path, text)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of the file; a killed process or a crashed machine leaves torn ones, which hold no step."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every float that JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open_events(folder: Path, resume_step: int) -> SummaryWriter:
+    # Imported here because it takes longer than all the rest, and only the process that records needs it.
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    # TensorBoard hides earlier events from `purge_step` on.
+    goes_on = folder.exists() and any(folder.iterdir())
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if goes_on else None)
+
+
+@contextmanager
+def _explained(path: Path, what: str = "write") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "free some space there, then resume the run" if full else "mend that, then start the command again"
+        raise TrainingError(f"could not {what} {path}: {error.strerror or error}; {mend}") from error

@@ -1,0 +1,155 @@
+"""Processes, devices and sharding: how a model that knows nothing of them comes to run on one process or on many."""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from tilewright.model import Transformer, initialise
+from tilewright.model.config import ModelConfig
+from tilewright.trainer.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as seen from one of them.
+
+    Attributes:
+        rank: this process, from 0.
+        size: how many there are.
+        device: where this process computes.
+        mesh: all of them, in one dimension.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and displays."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, value: object) -> object:
+        """What the first process passes as `value`, on all of them."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def first_decides(self, decision: Callable[[], Path]) -> Path:
+        """What `decision` gives on the first process, on all of them; its `TrainingError` is raised on all too."""
+        answer: tuple[str, str] = ("", "")
+        if self.first:
+            try:
+                answer = ("path", str(decision()))
+            except TrainingError as error:
+                answer = ("error", str(error))
+        kind, text = typing.cast(tuple[str, str], self.share(answer))
+        if kind == "error":
+            raise TrainingError(text)
+        return Path(text)
+
+    def gather(self, value: object) -> list[object]:
+        """What each process passes as `value`, in the order of ranks, on all of them."""
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, or be the only one; leave them at the end of the ``with`` block."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = {"cuda": "cuda:nccl,cpu:gloo", "cpu": "gloo"}[device_type]
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        # A store in memory: one process needs no port, and none is opened.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        size = dist.get_world_size()
+        yield World(dist.get_rank(), size, device, init_device_mesh(device_type, (size,), mesh_dim_names=("shard",)))
+        # Leaving together: a process that is still in a collective when another has gone is aborted by gloo.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded_model(
+    config: ModelConfig, world: World, *, compute_dtype: torch.dtype, compile: bool, seed: int
+) -> Transformer:
+    """A Transformer with float32 parameters sharded over the processes, its initial values independent of how many.
+
+    The matrix products run in `compute_dtype`; gradients are reduced in float32. Parameters are created without memory,
+    sharded, and only then initialised, so no process ever holds the whole model.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    if compile:
+        compile_blocks(model)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        # The rotary tables pass through the blocks and must stay float32.
+        cast_forward_inputs=False,
+    )
+    # One process has nothing to free between forward and backward; gathering again would only copy.
+    again = world.size > 1
+    for block in model.blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=again)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    model.to_empty(device=world.device)
+    initialise(model, seed)
+    return model
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile each block and the loss; the blocks are alike, so that one compilation serves them all."""
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    model.loss = torch.compile(model.loss, fullgraph=True)  # type: ignore[method-assign]
+
+
+def check_batch(sequences: int, micro_batch: int, world_size: int) -> None:
+    """Raise unless `sequences` divide into whole micro-batches on every process.
+
+    Raises:
+        TrainingError: they do not; the sentence names the nearest numbers that do.
+    """
+    if sequences % world_size:
+        lower = sequences // world_size * world_size
+        nearest = [str(number) for number in (lower, lower + world_size) if number]
+        raise TrainingError(
+            f"batch.sequences is {sequences}, which {world_size} processes do not divide; "
+            f"set it to {' or '.join(nearest)}, or change the number of processes"
+        )
+    per_process = sequences // world_size
+    if per_process % micro_batch:
+        divisors = [n for n in range(1, per_process + 1) if per_process % n == 0]
+        closest = min(divisors, key=lambda n: (abs(n - micro_batch), n))
+        raise TrainingError(
+            f"batch.micro_batch is {micro_batch}, which does not divide the {per_process} sequences of each process "
+            f"(batch.sequences {sequences} over {world_size}); set batch.micro_batch to {closest}"
+        )

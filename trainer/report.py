@@ -1,0 +1,292 @@
+"""`report.html`: one page that shows a run and needs nothing but a browser: no network, no scripts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.metrics import METRICS, read_metrics
+from tilewright.trainer.quantities import duration, gigabytes, percent, short
+from tilewright.trainer.report_plots import plots
+from tilewright.trainer.run_directory import RECIPE, SUMMARY, write_atomically
+
+REPORT = "report.html"
+_ENVIRONMENT = "environment.json"
+
+
+def write_report(run_directory: Path) -> Path:
+    """Write the report of a run from what its directory holds, and return its path.
+
+    Reads `recipe.yaml`, `environment.json`, `metrics.jsonl` and `summary.json`. Any of them may be missing or damaged,
+    as in a run that was interrupted: the page then says so.
+
+    Raises:
+        TrainingError: there is no such directory, or the report cannot be written.
+    """
+    if not run_directory.is_dir():
+        raise TrainingError(f"there is no run directory {run_directory}; name one that a training run made")
+    page = _page(_Run(run_directory))
+    path = run_directory / REPORT
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise TrainingError(f"could not write {path}: {error.strerror or error}; mend that and try again") from error
+    return path
+
+
+class _Run:
+    """What a run directory holds, and what it lacks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lacks: list[str] = []
+        self.summary = self._mapping(folder / SUMMARY)
+        self.environment = self._mapping(folder / _ENVIRONMENT)
+        self.recipe = self._text(folder / RECIPE)
+        self.training: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        try:
+            self.training, self.evaluations = read_metrics(folder / METRICS)
+        except TrainingError:
+            self.lacks.append(METRICS)
+        self.name = str(self.summary.get("name") or folder.resolve().name)
+        heldout = self.summary.get("heldout")
+        self.heldout: dict[str, Any] = heldout if isinstance(heldout, dict) else {}
+        compressors = {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte"}
+        levels = {name: _number(self.heldout, key) for name, key in compressors.items()}
+        self.compressors = {name: level for name, level in levels.items() if level is not None}
+
+    def recorded(self, key: str) -> list[float]:
+        """One field of every training line that has it."""
+        numbers = (_number(line, key) for line in self.training)
+        return [number for number in numbers if number is not None]
+
+    def last(self, key: str) -> float | None:
+        """One figure as the summary has it, else the last training line."""
+        recorded = self.recorded({"steps": "step"}.get(key, key))
+        of_summary = _number(self.summary, key)
+        return of_summary if of_summary is not None else recorded[-1] if recorded else None
+
+    def bits_per_byte(self) -> float | None:
+        """Of the held-out text, as the summary has it, else of the last evaluation's first set."""
+        if (known := _number(self.heldout, "bits_per_byte")) is not None or not self.evaluations:
+            return known
+        return _number(next(iter(self.evaluations[-1]["eval"].values()), {}), "bits_per_byte")
+
+    def _mapping(self, path: Path) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            value = None
+        if not isinstance(value, dict):
+            self.lacks.append(path.name)
+            return {}
+        return value
+
+    def _text(self, path: Path) -> str | None:
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            self.lacks.append(path.name)
+            return None
+
+
+def _page(run: _Run) -> str:
+    name = escape(run.name)
+    sections = "\n".join((_header(run), _figures(run), _plots(run), _sample(run), _recipe(run), _environment(run)))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+{sections}
+{_DEFINITIONS}
+</main>
+</body>
+</html>
+"""
+
+
+def _header(run: _Run) -> str:
+    status = str(run.summary.get("status") or "not finished")
+    kind = "done" if status == "finished" else "open"
+    machine = run.environment.get("gpus") or run.environment.get("cpu")
+    first = machine[0] if isinstance(machine, list) else machine
+    model = first.get("name") or first.get("model") if isinstance(first, dict) else None
+    count = f"{len(machine)} of " if isinstance(machine, list) and len(machine) > 1 else ""
+    steps = run.last("steps")
+    facts = [
+        f"{steps:,.0f} steps" if steps is not None else None,
+        f"{count}{model}" if model else None,
+        run.environment.get("time"),
+    ]
+    line = " · ".join(escape(str(fact)) for fact in facts if fact)
+    note = ""
+    if run.lacks:
+        missing = ", ".join(run.lacks)
+        unfinished = " The run has not come to its end: it was interrupted, or is still going on." * (
+            SUMMARY in run.lacks
+        )
+        note = f'<p class="note">Missing or unreadable here: {escape(missing)}.{unfinished}</p>'
+    return f"""<header>
+<h1>{escape(run.name)} <span class="status {kind}">{escape(status)}</span></h1>
+<p class="soft">{line}</p>
+{note}
+</header>"""
+
+
+def _figures(run: _Run) -> str:
+    cards = "\n".join(
+        f'<div class="card"><dt>{escape(label)}</dt><dd>{escape(value)}</dd><dd class="soft">{escape(note)}</dd></div>'
+        for label, value, note in _headlines(run)
+    )
+    return f'<dl class="figures">\n{cards}\n</dl>'
+
+
+def _headlines(run: _Run) -> Iterator[tuple[str, str, str]]:
+    """Label, value and remark of each figure that is known."""
+    if (bits := run.bits_per_byte()) is not None:
+        levels = " · ".join(f"{name}: {level:.3f}" for name, level in run.compressors.items())
+        yield "held-out bits per byte", f"{bits:.3f}", levels
+    if losses := run.recorded("loss"):
+        yield "training loss", f"{losses[-1]:.3f}", f"nats per token, from {losses[0]:.3f}"
+    if (parameters := run.last("parameters")) is not None:
+        yield "parameters", short(parameters), ""
+    if (tokens := run.last("tokens")) is not None:
+        yield "tokens trained on", short(tokens), ""
+    if (seconds := _number(run.summary, "seconds")) is not None:
+        yield "wall time", duration(seconds), ""
+    if rates := run.recorded("tokens_per_second"):
+        yield "tokens per second", f"{statistics.median(rates):,.0f}", "median step"
+    if shares := run.recorded("mfu"):
+        peak = _number(run.summary, "matmul_peak_flops")
+        yield "MFU", percent(statistics.median(shares)), f"of {peak / 1e12:,.2f} TFLOP/s" if peak else "median step"
+    if memory := run.recorded("peak_memory_bytes"):
+        yield "peak memory", gigabytes(max(memory)), ""
+
+
+def _plots(run: _Run) -> str:
+    drawn = plots(run.training, run.evaluations, run.compressors)
+    if not drawn:
+        return '<p class="note">No step has been recorded, so there is nothing to plot.</p>'
+    figures = "\n".join(
+        f'<figure class="card"><figcaption><b>{escape(plot.title)}</b> <span class="soft">{escape(plot.caption)}</span>'
+        f"</figcaption>\n{plot.svg}</figure>"
+        for plot in drawn
+    )
+    return f'<section class="plots">\n{figures}\n</section>'
+
+
+def _sample(run: _Run) -> str:
+    sample = run.summary.get("sample")
+    if not isinstance(sample, dict) or not sample.get("continuation"):
+        return ""
+    prompt, continuation = (escape(str(sample.get(key, ""))) for key in ("prompt", "continuation"))
+    return f"""<section>
+<h2>A continuation</h2>
+<p class="soft">The prompt in bold, then what the trained model made of it.</p>
+<pre class="card wrap"><b>{prompt}</b>{continuation}</pre>
+</section>"""
+
+
+def _recipe(run: _Run) -> str:
+    if run.recipe is None:
+        return ""
+    return f'<section>\n<h2>Recipe</h2>\n<pre class="card">{escape(run.recipe)}</pre>\n</section>'
+
+
+def _environment(run: _Run) -> str:
+    if not run.environment:
+        return ""
+    rows = "\n".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _flat(run.environment)
+    )
+    return f'<section>\n<h2>Environment</h2>\n<div class="card"><table>\n{rows}\n</table></div>\n</section>'
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested JSON by dotted name, as text."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _flat(entry, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Sequence) and any(isinstance(entry, Mapping) for entry in value):
+        for place, entry in enumerate(value):
+            yield from _flat(entry, f"{name}.{place}")
+    elif isinstance(value, list):
+        yield name, ", ".join(map(str, value)) or "none"
+    elif name.endswith("_bytes") and isinstance(value, int):
+        yield name.removesuffix("_bytes"), gigabytes(value)
+    else:
+        yield name, "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _number(fields: Mapping[str, Any], key: str) -> float | None:
+    value = fields.get(key)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+_DEFINITIONS = """<footer class="soft">
+<h2>What the figures mean</h2>
+<p><b>Bits per byte</b>: the model's loss on held-out text, in bits, over the bytes of that text. It does not depend on
+the tokenizer, so a compressor compares: its figure is 8 &times; compressed size &divide; size of the same text.</p>
+<p><b>MFU</b> (model FLOPs utilisation): achieved FLOP/s over the matmul peak measured on this machine at the start of
+the run. A token counts as 6 &times; parameters in matrix products + 12 &times; layers &times; heads &times; head_dim
+&times; sequence_length FLOPs; what is computed twice to save memory counts once.</p>
+<p><b>Peak memory</b>: on a GPU the most that tensors held at once on the first process's device; on a CPU the most
+resident memory of the first process.</p>
+</footer>"""
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f6f6f3; --card: #ffffff; --ink: #1d2025; --soft: #5f656d; --line: #d9dbdf;
+  --first: #2a5fc4; --second: #b5521b; --third: #2b7d4f; --note: #fdf1d8;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14161a; --card: #1d2025; --ink: #e5e7ea; --soft: #9ba1a9; --line: #383d45;
+    --first: #7ca6ff; --second: #f0a06a; --third: #6cc796; --note: #3a311b;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 28px 20px 48px; }
+h1 { font-size: 28px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 36px 0 8px; }
+p { margin: 6px 0; }
+.soft { color: var(--soft); font-size: 14px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.status { font-size: 14px; font-weight: 600; padding: 3px 10px; border-radius: 99px; vertical-align: middle;
+  border: 1px solid currentColor; white-space: nowrap; }
+.done { color: var(--third); }
+.open { color: var(--second); }
+.note { background: var(--note); padding: 10px 14px; border-radius: 8px; margin: 14px 0; }
+.figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 22px 0; }
+@media (max-width: 800px) { .figures { grid-template-columns: repeat(2, 1fr); } main { padding: 18px 14px; } }
+.figures .card { padding: 12px 16px; }
+.figures dt { color: var(--soft); font-size: 14px; }
+.figures dd { margin: 0; font-size: 25px; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.figures dd.soft { font-size: 13px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; }
+figure { margin: 0; padding: 12px 14px 6px; min-width: 0; }
+figcaption { margin-bottom: 6px; }
+svg { display: block; width: 100%; height: auto; }
+svg * { stroke-linejoin: round; }
+pre { margin: 0; padding: 14px 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
+.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { text-align: left; vertical-align: top; padding: 6px 16px; }
+td { overflow-wrap: anywhere; }
+th { font-weight: 400; color: var(--soft); width: 30%; white-space: nowrap; }
+tr + tr > * { border-top: 1px solid var(--line); }
+footer { margin-top: 36px; border-top: 1px solid var(--line); }
+"""

@@ -1,0 +1,227 @@
+"""The plots of a run's report: SVG to stand inside an HTML page, coloured by the page's own CSS variables."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_Series = npt.NDArray[np.float64]
+
+# Stand-ins that are told apart in matplotlib's output, where each becomes a variable that the page sets, light or dark.
+_INK, _SOFT, _LINE, _FIRST, _SECOND, _THIRD = ("#010101", "#020202", "#030303", "#040404", "#050505", "#060606")
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _SOFT: "var(--soft)",
+    _LINE: "var(--line)",
+    _FIRST: "var(--first)",
+    _SECOND: "var(--second)",
+    _THIRD: "var(--third)",
+}
+_INCHES = (5.0, 2.7)
+# More than a page's width can show; the extremes of each stretch stay, so that no spike is lost.
+_MOST_POINTS = 1000
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: its title, a sentence on how to read it, and the ``<svg>`` element."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def plots(
+    training: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    compressors: Mapping[str, float],
+) -> list[Plot]:
+    """Every plot that there are figures for.
+
+    Args:
+        training: training lines, in order.
+        evaluations: evaluation lines, in order.
+        compressors: bits per byte of the same held-out text by the compressor's name, to be drawn as levels.
+    """
+    tokens = _column(training, "tokens")
+    drawn = [_loss(training, tokens), _bits_per_byte(training, evaluations, compressors)]
+    for title, caption, key, scale, unit in (
+        ("Throughput", "Tokens per second over all processes.", "tokens_per_second", 1.0, "tokens/s"),
+        ("MFU", "Of the matmul peak measured when the run started.", "mfu", 100.0, "%"),
+        ("Learning rate", "As each step used it.", "lr", 1.0, ""),
+        ("Gradient norm", "Before clipping.", "grad_norm", 1.0, ""),
+        ("Memory", "The most in use at once, so far.", "peak_memory_bytes", 1e-9, "GB"),
+    ):
+        drawn.append(_one_line(title, caption, tokens, scale * _column(training, key), unit))
+    return [plot for plot in drawn if plot is not None]
+
+
+def _loss(training: Sequence[Mapping[str, Any]], tokens: _Series) -> Plot | None:
+    losses = _column(training, "loss")
+    if not np.isfinite(losses).any():
+        return None
+    smooth = smoothed(losses)
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*_thin(tokens, losses), color=_FIRST, alpha=0.35, linewidth=0.8)
+        axes.plot(*_thin(tokens, smooth), color=_FIRST, linewidth=1.6)
+        axes.set_ylabel("nats per token")
+
+    return Plot("Training loss", "Faint: each step. Strong: smoothed.", _svg("Training loss", draw))
+
+
+def _bits_per_byte(
+    training: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    compressors: Mapping[str, float],
+) -> Plot | None:
+    if not evaluations:
+        return None
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    names = list(dict.fromkeys(name for line in evaluations for name in line["eval"]))
+
+    def draw(axes: Axes) -> None:
+        for number, name in enumerate(names):
+            lines = [line for line in evaluations if name in line["eval"]]
+            bits = _column([line["eval"][name] for line in lines], "bits_per_byte")
+            style = ("-", "-.", ":")[number % 3]
+            places = tokens_at(_column(lines, "step"), training)
+            axes.plot(places, bits, color=_FIRST, linewidth=1.6, linestyle=style, marker="o", markersize=3, label=name)
+        for (name, level), color in zip(compressors.items(), (_SECOND, _THIRD), strict=False):
+            axes.axhline(level, color=color, linewidth=1.2, linestyle="--", label=f"{name}: {level:.3f}")
+        # Most of the fall is in the first steps; what follows, beside the compressors, is what one looks for.
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylabel("bits per byte")
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+    caption = "Text never trained on; lower is better."
+    return Plot("Held-out text", caption, _svg("Held-out text", draw))
+
+
+def _one_line(title: str, caption: str, tokens: _Series, values: _Series, unit: str) -> Plot | None:
+    if not np.isfinite(values).any():
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*_thin(tokens, values), color=_FIRST, linewidth=1.3)
+        # From zero, so that a curve that looks flat is flat.
+        axes.set_ylim(bottom=0, top=1.08 * float(np.nanmax(values)) or 1.0)
+        axes.set_ylabel(unit)
+
+    return Plot(title, caption, _svg(title, draw))
+
+
+def smoothed(values: _Series) -> _Series:
+    """Mean of the values around each, over a fortieth of the curve and at least 5; what is not finite is left out."""
+    window = np.ones(2 * max(2, len(values) // 80) + 1)
+    if not len(values):
+        return values
+    finite = np.isfinite(values)
+    # Centred, since an average of the past lags behind a falling loss. "full" and a cut, for curves shorter than it.
+    half = len(window) // 2
+    total = np.convolve(np.where(finite, values, 0.0), window)[half : half + len(values)]
+    weight = np.convolve(finite.astype(np.float64), window)[half : half + len(values)]
+    means: _Series = np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 0)
+    return means
+
+
+def tokens_at(steps: _Series, training: Sequence[Mapping[str, Any]]) -> _Series:
+    """Tokens trained on after each of `steps`, between recorded steps by proportion; 0 at step 0."""
+    places: _Series = np.interp(steps, [0.0, *_column(training, "step")], [0.0, *_column(training, "tokens")])
+    return places
+
+
+def _column(lines: Sequence[Mapping[str, Any]], key: str) -> _Series:
+    """One field of every line, NaN where it is missing or null."""
+    values = (line.get(key) for line in lines)
+    return np.array([value if isinstance(value, (int, float)) else math.nan for value in values], dtype=np.float64)
+
+
+def _thin(places: _Series, values: _Series) -> tuple[_Series, _Series]:
+    """The curve with the lowest and highest point of each stretch alone, where it has too many to draw."""
+    if len(values) <= _MOST_POINTS:
+        return places, values
+    kept: list[int] = []
+    for part in np.array_split(np.arange(len(values)), _MOST_POINTS // 2):
+        finite = part[np.isfinite(values[part])]
+        if len(finite):
+            kept += sorted({int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])})
+    return places[kept], values[kept]
+
+
+def _svg(title: str, draw: Callable[[Axes], None]) -> str:
+    # Imported here because it takes longer than all the rest.
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    name = re.sub(r"\W+", "-", title.lower())
+    look: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 9,
+        # The name of an evaluated set is no mathematics, whatever it holds.
+        "text.parse_math": False,
+        "text.color": _INK,
+        "axes.labelcolor": _SOFT,
+        "axes.edgecolor": _LINE,
+        "xtick.color": _LINE,
+        "ytick.color": _LINE,
+        "xtick.labelcolor": _SOFT,
+        "ytick.labelcolor": _SOFT,
+        "grid.color": _LINE,
+        "grid.linewidth": 0.6,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(look):
+        # No pyplot: it keeps figures for ever and may ask for a screen.
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_xlabel("tokens")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        out = io.StringIO()
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    return _for_page(out.getvalue(), name, title)
+
+
+def _tick(value: float) -> str:
+    power = ""
+    for power_above in ("k", "M", "B", "T"):
+        if abs(value) < 1000:
+            break
+        value, power = value / 1000, power_above
+    return f"{value:g} {power}".rstrip()
+
+
+def _for_page(svg: str, name: str, title: str) -> str:
+    """Matplotlib's file as an element among others: no prologue, ids of its own, the page's colours and font."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' (id="|xlink:href="#)', rf" \1{name}-", svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    # The page says both, for all plots.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

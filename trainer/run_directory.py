@@ -1,0 +1,122 @@
+"""The run directory: which one a command works in, and that only one command works in it at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.recipe import Recipe, recipe_from_run, recipe_text
+
+RECIPE = "recipe.yaml"
+SUMMARY = "summary.json"
+# What may change between the start of a run and its resumption: nothing that decides which numbers come out.
+_FREE_TO_CHANGE = ("name", "runs", "run_directory", "evaluation", "checkpoints", "sample", "compile")
+
+
+def choose_run_directory(recipe: Recipe) -> Path:
+    """The directory for `recipe`: the one it names, or the newest unfinished run of the same recipe, or a new one.
+
+    Raises:
+        TrainingError: the directory that the recipe names holds a run of another recipe.
+    """
+    if recipe.run_directory is not None:
+        run = Path(recipe.run_directory)
+        if (run / RECIPE).exists():
+            _refuse_another_recipe(run, recipe)
+        return run
+    runs = _numbered(Path(recipe.runs), recipe.name)
+    for run in reversed(runs):
+        # Only the newest can be the one that was interrupted; an older one was given up.
+        if is_finished(run) or not (run / RECIPE).is_file():
+            break
+        if not _differences(recipe_from_run(run / RECIPE), recipe):
+            return run
+        break
+    number = int(runs[-1].name.rsplit("-", 1)[1]) + 1 if runs else 1
+    return Path(recipe.runs) / f"{recipe.name}-{number:03d}"
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run came to its last step."""
+    return bool(read_summary(run).get("status") == "finished")
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What the run wrote at its end; empty where there is nothing readable."""
+    try:
+        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a reader, or a crash, never meets half of it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_recipe(run: Path, recipe: Recipe) -> None:
+    """Record the resolved recipe."""
+    write_atomically(run / RECIPE, recipe_text(recipe))
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run directory for this command.
+
+    Raises:
+        TrainingError: another command holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingError(
+                f"another command is training in {run}; wait for it, stop it, or name another with --run_directory"
+            ) from None
+        yield
+
+
+def _numbered(runs: Path, name: str) -> list[Path]:
+    pattern = re.compile(re.escape(name) + r"-\d{3,}")
+    found = [path for path in runs.glob(f"{name}-*") if path.is_dir() and pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    """Keys by which two recipes would give different runs."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    a, b = (
+        dict(flat({k: v for k, v in dataclasses.asdict(r).items() if k not in _FREE_TO_CHANGE})) for r in (old, new)
+    )
+    return [key for key in a if a[key] != b[key]]
+
+
+def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
+    different = _differences(recipe_from_run(run / RECIPE), recipe)
+    if different:
+        raise TrainingError(
+            f"{run} holds a run of another recipe ({', '.join(different)} differ); "
+            "name another --run_directory, or resume with the recipe that it was started with"
+        )

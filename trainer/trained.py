@@ -1,0 +1,108 @@
+"""A trained model, back from its run directory into one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tilewright.corpus import Corpus, HeldOutStream, open_corpus
+from tilewright.model import Transformer, generate
+from tilewright.trainer.checkpoint import committed, load, training_state
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.evaluate import evaluate
+from tilewright.trainer.parallel import world
+from tilewright.trainer.recipe import Recipe, recipe_from_run
+from tilewright.trainer.run_directory import RECIPE
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The newest committed model of a run, with what it was trained by and on."""
+
+    model: Transformer
+    recipe: Recipe
+    corpus: Corpus
+    step: int
+
+
+def load_trained(run: Path, device: torch.device) -> Trained:
+    """Read a run directory.
+
+    Raises:
+        TrainingError: it is no run directory, or it holds no committed checkpoint, or that is damaged.
+    """
+    recipe = recipe_from_run(run / RECIPE)
+    checkpoints = committed(run)
+    if not checkpoints:
+        raise TrainingError(f"{run} holds no committed checkpoint yet; let the run come to one, or stop it with Ctrl-C")
+    corpus = open_corpus(recipe.data.corpus)
+    check_vocabulary(recipe, corpus)
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+    model.to_empty(device="cpu")
+    load(checkpoints[-1], training_state(model))
+    for parameter in model.parameters():
+        # The parameters alone: the rotary tables stay float32.
+        parameter.data = parameter.data.to(device, getattr(torch, recipe.compute_dtype))
+    model.to(device)
+    model.fill_rotary_tables()
+    return Trained(model.eval(), recipe, corpus, checkpoints[-1].step)
+
+
+def evaluate_run(run: Path) -> tuple[int, dict[str, float]]:
+    """The step of a run's newest checkpoint and its score on all held-out text; see `evaluate`.
+
+    Raises:
+        TrainingError, CorpusError: the run, its checkpoint or its corpus is missing or damaged.
+    """
+    with world() as processes:
+        trained = load_trained(run, processes.device)
+        result = evaluate(
+            trained.model,
+            HeldOutStream(trained.corpus.heldout, sequence_length=trained.recipe.data.sequence_length),
+            processes,
+            windows=0,
+            micro_batch=trained.recipe.batch.micro_batch,
+            byte_lengths=trained.corpus.tokenizer.byte_lengths,
+            across_documents=trained.recipe.data.across_documents,
+        )
+    return trained.step, result
+
+
+def continue_prompt(run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """What a run's newest checkpoint makes of a prompt; the arguments are those of `generate`.
+
+    Raises:
+        TrainingError, CorpusError: an argument does not fit, or the run is missing or damaged.
+    """
+    trained = load_trained(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = trained.corpus.tokenizer
+    try:
+        tokens = generate(
+            trained.model,
+            tokenizer.encode(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            stop=tokenizer.end_of_text,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    return tokenizer.decode(tokens)
+
+
+def check_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
+    """Raise unless the model has a row for every token of the corpus.
+
+    Raises:
+        TrainingError: its vocabulary is too small.
+    """
+    needed = corpus.tokenizer.vocab_size
+    if recipe.model.vocab_size < needed:
+        raise TrainingError(
+            f"model.vocab_size is {recipe.model.vocab_size}, but the tokenizer of {recipe.data.corpus} has {needed} "
+            f"tokens; set --model.vocab_size {needed}, or build a corpus with --vocab-size {recipe.model.vocab_size}"
+        )
