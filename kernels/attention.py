@@ -776,13 +776,26 @@ differentiate(_forward_op, _gradients, _setup_context)
 refuse_double_backward(_backward_op)
 
 
-def _documents(cu_seqlens: torch.Tensor, *tensors: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """Each document's span and its part of the tensors, as (1, heads, length, head_dim) or, 2-D, (1, heads, length)."""
-    starts = cu_seqlens.tolist()
-    for start, end in itertools.pairwise(starts):
-        if start < end:
-            parts = [x[start:end].transpose(0, 1)[None] if x.ndim == 3 else x[None, :, start:end] for x in tensors]
-            yield slice(start, end), parts
+def _documents(
+    cu_seqlens: torch.Tensor, causal: bool, *tensors: torch.Tensor
+) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+    """Each document's first token and length, and its part of the tensors: (tokens, heads, head_dim) ones as
+    (1, heads, length, head_dim), and (heads, tokens) ones as (1, heads, length).
+
+    Causal ones are padded with zeros, which no real query sees, to one of eight lengths in each power of two: PyTorch's
+    CPU attention keeps compiled matrix products for every length that it has met, gigabytes of them in the end.
+    """
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        length = end - start
+        if length == 0:
+            continue
+        step = max(32, 1 << max(0, length.bit_length() - 3))
+        padding = -length % step if causal else 0
+        parts = []
+        for x in tensors:
+            part = x[start:end].transpose(0, 1) if x.ndim == 3 else x[:, start:end]
+            parts.append(F.pad(part, (0, 0, 0, padding) if x.ndim == 3 else (0, padding))[None])
+        yield start, length, parts
 
 
 def _packed_cpu(
@@ -796,11 +809,11 @@ def _packed_cpu(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.zeros(_lse_shape(q), dtype=accumulation_dtype(q.dtype), device=q.device)
-    for span, parts in _documents(cu_seqlens, q, k, v):
+    lse = torch.empty(_lse_shape(q), dtype=accumulation_dtype(q.dtype), device=q.device)
+    for start, length, parts in _documents(cu_seqlens, causal, q, k, v):
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, causal, scale=scale)
-        out[span] = result[0].transpose(0, 1)
-        lse[:, span] = sums[0]
+        out[start : start + length] = result[0, :, :length].transpose(0, 1)
+        lse[:, start : start + length] = sums[0, :, :length]
     return out, lse
 
 
@@ -818,12 +831,13 @@ def _packed_cpu_backward(
     group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for span, parts in _documents(cu_seqlens, dout, q, k, v, out, lse):
+    # Padding has upstream gradient 0, and probabilities exp(0 − 0): it adds nothing to any gradient.
+    for start, length, parts in _documents(cu_seqlens, causal, dout, q, k, v, out, lse):
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *parts, 0.0, causal, scale=scale
         )
         for whole, gradient in zip((dq, dk, dv), gradients, strict=True):
-            whole[span] = gradient[0].transpose(0, 1)
+            whole[start : start + length] = gradient[0, :, :length].transpose(0, 1)
     if group > 1:
         dk, dv = (x.view(-1, kv_heads, group, x.shape[2]).sum(2) for x in (dk, dv))
     return dq, dk, dv
@@ -873,7 +887,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("full", qkv(1, 7, 7, 2, 2, 16), {"causal": False})
     yield Sample("one token", qkv(1, 1, 1, 1, 1, 8))
     yield Sample("grouped query", qkv(2, 5, 5, 4, 2, 8), {"return_lse": True})
-    yield Sample("two rows", qkv(2, 6, 6, 2, 1, 8))
+    yield Sample("three rows", qkv(3, 6, 6, 2, 1, 8))
     yield Sample("fewer queries", qkv(1, 3, 8, 2, 1, 16), {"scale": 0.3})
     yield Sample("more queries", qkv(1, 8, 3, 2, 1, 16), {"return_lse": True})
     yield Sample("127 tokens", qkv(1, 127, 127, 1, 1, 32))

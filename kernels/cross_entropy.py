@@ -350,7 +350,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
     for count, classes in ((3, 1000), (1, 1), (7, 127), (2, 4097)):
         yield Sample(f"{count}x{classes}", rows(count, classes))
-    yield Sample("two rows", rows(2, 50), {"reduction": "sum"})
+    yield Sample("three rows", rows(3, 50), {"reduction": "sum"})
     ignored = rows(6, 50)
     ignored["targets"][::2] = -100
     yield Sample("ignored rows", ignored)

@@ -34,13 +34,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def _checked_mode(mode: str, source: str) -> str:
-    if mode not in MODES:
-        raise ValueError(f"{source} is {mode!r}; it must be one of {', '.join(MODES)}")
-    return mode
-
-
-_mode = _checked_mode(os.environ.get("TILEWRIGHT_KERNELS", "auto"), "the environment variable TILEWRIGHT_KERNELS")
+_mode = os.environ.get("TILEWRIGHT_KERNELS", "auto")
 
 
 @contextmanager
@@ -53,8 +47,10 @@ def use(mode: str) -> Iterator[None]:
     Raises:
         ValueError: the mode is none of the three.
     """
+    if mode not in MODES:
+        raise ValueError(f"use: mode is {mode!r}; it must be one of {', '.join(MODES)}")
     global _mode
-    previous, _mode = _mode, _checked_mode(mode, "mode")
+    previous, _mode = _mode, mode
     try:
         yield
     finally:
@@ -65,8 +61,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The implementation that an op would use for tensors on `device` of type `dtype`, with the reason.
 
     Raises:
-        ValueError: Triton is demanded where it cannot run.
+        ValueError: Triton is demanded where it cannot run, or TILEWRIGHT_KERNELS names no mode.
     """
+    if _mode not in MODES:
+        raise ValueError(f"TILEWRIGHT_KERNELS is {_mode!r} in the environment; it must be one of {', '.join(MODES)}")
     if _mode == "reference":
         return Choice("reference", "demanded by use() or TILEWRIGHT_KERNELS")
     if _mode == "triton":

@@ -548,10 +548,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     for width in (96, 8193):
         tensors = affine(normal(2, 3, width), residual=normal(2, 3, width))
         yield Sample(f"residual, width {width}", tensors)
-    yield Sample("two rows", affine(normal(2, 40), residual=normal(2, 40)))
-    yield Sample("transposed", affine(normal(32, 6).t()))
-    yield Sample("row stride", affine(normal(9, 80)[:, :48]))
-    yield Sample("expanded", affine(normal(1, 48).expand(9, 48)))
+    yield Sample("three rows", affine(normal(3, 40), residual=normal(3, 40)))
+    yield Sample("transposed", affine(normal(300, 9).t()))
+    yield Sample("row stride", affine(normal(9, 400)[:, :300]))
+    yield Sample("expanded", affine(normal(1, 300).expand(9, 300)))
 
 
 def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:

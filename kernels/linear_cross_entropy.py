@@ -266,7 +266,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         }
 
     yield Sample("3x16x50", head(3, 16, 50))
-    yield Sample("two rows", head(2, 16, 50), {"reduction": "sum"})
+    yield Sample("three rows", head(3, 16, 50), {"reduction": "sum"})
     ignored = head(7, 16, 33)
     ignored["targets"][::2] = -100
     yield Sample("ignored rows", ignored)

@@ -38,7 +38,7 @@ class OpSpec:
         compulsory_bytes: each input read once and each output written once, forward.
         tables: the launch tables by kernel name; every configuration in them is tested.
         strided: tensors that the kernels read in place, whatever the stride of their first dimension; the sample
-            labelled "two rows", in which each of them has 2 entries there, is tested with these past 2³¹ elements.
+            labelled "three rows", in which each has 3 entries there, is tested with the last past 2³¹ elements.
         tolerance: the error against float64 may be at most this many times that of the same-dtype reference.
         no_gradient: names of floating-point tensors that never take a gradient, such as rotary tables.
     """

@@ -439,7 +439,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     for width in (96, 8193):
         tensors = {"x": normal(2, 3, width), "weight": normal(width), "residual": normal(2, 3, width)}
         yield Sample(f"residual, width {width}", tensors)
-    yield Sample("two rows", {"x": normal(2, 40), "weight": normal(40), "residual": normal(2, 40)})
+    yield Sample("three rows", {"x": normal(3, 40), "weight": normal(40), "residual": normal(3, 40)})
     yield Sample("transposed", {"x": normal(32, 6).t(), "weight": normal(32)})
     yield Sample("row stride", {"x": normal(9, 80)[:, :48], "weight": normal(48)})
     yield Sample("expanded", {"x": normal(1, 48).expand(9, 48), "weight": normal(48)})

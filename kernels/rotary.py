@@ -430,12 +430,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("shared positions", {**heads((2, 3), 2, 2, 8), **tables(50, 8), "positions": shared})
     packed = {**fused((5,), 2, 1, 8), **tables(50, 6), "positions": positions.flatten()[1:]}
     yield Sample("packed positions", packed, {"interleaved": True})
-    yield Sample("two rows", {**heads((2, 2), 2, 1, 8), **tables(3, 8)})
-    by_head = {name: x.transpose(1, 2) for name, x in heads((2, 3), 2, 2, 8).items()}
-    yield Sample("heads before tokens", {**by_head, **tables(4, 8)})
-    apart = {name: x[..., ::2] for name, x in heads((1, 3), 2, 1, 16).items()}
-    yield Sample("elements apart", {**apart, **tables(4, 8)})
-    yield Sample("expanded", {"q": normal(1, 3, 1, 8).expand(1, 3, 4, 8), "k": normal(1, 3, 2, 8), **tables(4, 8)})
+    yield Sample("three rows", {**heads((3, 2), 2, 1, 8), **tables(3, 8)})
+    by_head = {name: x.transpose(1, 2) for name, x in heads((2, 3), 2, 2, 256).items()}
+    yield Sample("heads before tokens", {**by_head, **tables(4, 256)})
+    apart = {name: x[..., ::2] for name, x in heads((1, 3), 2, 1, 1000).items()}
+    yield Sample("elements apart", {**apart, **tables(4, 500)})
+    expanded = {"q": normal(1, 3, 1, 256).expand(1, 3, 4, 256), "k": normal(1, 3, 2, 256)}
+    yield Sample("expanded", {**expanded, **tables(4, 256)})
 
 
 def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:

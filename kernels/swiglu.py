@@ -218,12 +218,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     for shape in ((7, 254), (2, 3, 2000), (2, 8194), (96,)):
         yield Sample("fused " + "x".join(map(str, shape)), {"gate": normal(*shape)})
     yield Sample("saturated", {"gate": 40 * normal(3, 64), "up": normal(3, 64)})
-    yield Sample("two rows", {"gate": normal(2, 40), "up": normal(2, 40)})
+    yield Sample("three rows", {"gate": normal(3, 40), "up": normal(3, 40)})
     yield Sample("halves of one tensor", dict(zip(("gate", "up"), normal(2, 5, 96).chunk(2, dim=-1), strict=True)))
-    yield Sample("transposed", {"gate": normal(32, 6).t(), "up": normal(6, 32)})
-    yield Sample("fused, row stride", {"gate": normal(9, 80)[:, :48]})
-    yield Sample("fused, transposed", {"gate": normal(32, 6).t()})
-    yield Sample("expanded", {"gate": normal(1, 48).expand(9, 48), "up": normal(9, 48)})
+    yield Sample("transposed", {"gate": normal(300, 9).t(), "up": normal(9, 300)})
+    yield Sample("fused, row stride", {"gate": normal(9, 400)[:, :300]})
+    yield Sample("fused, transposed", {"gate": normal(300, 9).t()})
+    yield Sample("expanded", {"gate": normal(1, 300).expand(9, 300), "up": normal(9, 300)})
 
 
 def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:

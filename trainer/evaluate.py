@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from tilewright.corpus import IGNORE, Batch, HeldOutStream
 from tilewright.trainer.parallel import World
@@ -50,6 +51,11 @@ def evaluate(
         tokens += scored.size
         text_bytes += float(byte_lengths[scored].sum())
     model.train()
+    # Without a backward pass nothing shards the parameters again; until then the model shows other ones than the
+    # optimizer holds.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     nats, tokens, text_bytes = world.sum(nats, tokens, text_bytes)
     loss = nats / max(tokens, 1.0)
     return {

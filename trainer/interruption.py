@@ -1,4 +1,4 @@
-"""Stopping between steps when asked: Ctrl-C, or the SIGTERM that a cluster sends."""
+"""Stopping between steps when asked: Ctrl-C, the SIGTERM that a cluster sends, the SIGHUP of a closed terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from types import FrameType
 
 
 class Interruption:
-    """Within its ``with`` block, the first SIGINT or SIGTERM only asks to stop; a second SIGINT interrupts at once.
+    """Within its ``with`` block, the first SIGINT, SIGTERM or SIGHUP only asks to stop; a second SIGINT
+    interrupts at once.
 
     Attributes:
         requested: whether a stop was asked for.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False

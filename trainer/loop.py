@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from tilewright.corpus import Corpus, HeldOutStream, TrainStream, open_corpus
+from tilewright.kernels import choose
 from tilewright.trainer import checkpoint
 from tilewright.trainer.display import Display, NullDisplay
 from tilewright.trainer.environment import environment
+from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
 from tilewright.trainer.interruption import Interruption
-from tilewright.trainer.metrics import Metrics
+from tilewright.trainer.metrics import METRICS, Metrics, TrainingLine, read_metrics
 from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
 from tilewright.trainer.parallel import World, check_batch, sharded_model, world
 from tilewright.trainer.peak import measured_matmul_peak, peak_memory_bytes
@@ -28,7 +29,7 @@ from tilewright.trainer.report import write_report
 from tilewright.trainer.run_directory import choose_run_directory, locked, save_recipe, write_atomically
 from tilewright.trainer.schedule import learning_rate_factor
 from tilewright.trainer.step import MicroBatch, train_step
-from tilewright.trainer.summary import compressed_bits_per_byte, continuation, heldout_text, write_summary
+from tilewright.trainer.summary import closing_text, compressed_bits_per_byte, continuation, heldout_text, write_summary
 from tilewright.trainer.trained import check_vocabulary
 
 HELDOUT = "heldout"
@@ -52,6 +53,7 @@ def train(recipe: Recipe, console: Console) -> Outcome:
     """
     with world() as processes, ExitStack() as stack:
         check_batch(recipe.batch.sequences, recipe.batch.micro_batch, processes.size)
+        check_kernels(processes.device, getattr(torch, recipe.compute_dtype))
         corpus = open_corpus(recipe.data.corpus)
         check_vocabulary(recipe, corpus)
         stream = TrainStream(corpus.train, sequence_length=recipe.data.sequence_length, seed=recipe.seed)
@@ -94,8 +96,8 @@ class _Training:
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = self._resume()
         self.saved_step = self.step
-        self.metrics = None
-        self.display: Display | NullDisplay = NullDisplay()
+        self.metrics: Metrics | None = None
+        self.display: Display = NullDisplay()
         if processes.first:
             write_atomically(run / "environment.json", json.dumps(environment(processes.device), indent=1))
             self.metrics = Metrics(run, resume_step=self.step)
@@ -134,7 +136,7 @@ class _Training:
         self.step += 1
         tokens = self.recipe.tokens_per_step()
         rate = tokens / (time.perf_counter() - started)
-        line: dict[str, Any] = {
+        line: TrainingLine = {
             "step": self.step,
             "loss": result.loss,
             "lr": learning_rate,
@@ -204,6 +206,9 @@ class _Training:
 
     def _leave(self) -> Outcome:
         report = self.processes.first_decides(lambda: write_report(self.run))
+        self.display.stop()
+        self.display.message(f"stopped after step {self.step} with a checkpoint; the same command goes on from there")
+        self.display.message(f"run directory  {self.run}\nreport         {report}")
         return Outcome("stopped", self.step, self.run, report)
 
     def _finish(self) -> Outcome:
@@ -221,13 +226,36 @@ class _Training:
             "status": "finished",
             "steps": self.step,
             "tokens": self.step * self.recipe.tokens_per_step(),
+            "seconds": seconds_in_steps(self.run, self.recipe.tokens_per_step()),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "matmul_peak_flops": self.peak,
             "heldout": heldout,
             "sample": continuation(self.run, self.recipe),
         }
         write_summary(self.run, facts)
-        return write_report(self.run)
+        report = write_report(self.run)
+        self.display.stop()
+        self.display.message(closing_text(facts))
+        self.display.message(f"\nrun directory  {self.run}\nreport         {report}")
+        return report
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise before anything is built if the kernels that are demanded cannot run here.
+
+    Raises:
+        TrainingError: see `tilewright.kernels.choose`.
+    """
+    try:
+        choose(device, dtype)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+
+
+def seconds_in_steps(run: Path, tokens_per_step: int) -> float:
+    """The time that a run's optimizer steps took, over all its resumptions; evaluation and pauses not counted."""
+    steps, _ = read_metrics(run / METRICS)
+    return float(sum(tokens_per_step / line["tokens_per_second"] for line in steps))
 
 
 def _due(step: int, every: int) -> bool:

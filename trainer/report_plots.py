@@ -78,7 +78,7 @@ def _loss(training: Sequence[Mapping[str, Any]], tokens: _Series) -> Plot | None
         axes.plot(*_thin(tokens, smooth), color=_FIRST, linewidth=1.6)
         axes.set_ylabel("nats per token")
 
-    return Plot("Training loss", "Faint: each step. Strong: smoothed.", _svg("Training loss", draw))
+    return Plot("Training loss", "Faint: each step. Strong: smoothed.", _svg("Training loss", draw, tokens))
 
 
 def _bits_per_byte(
@@ -110,7 +110,7 @@ def _bits_per_byte(
         axes.legend(frameon=False, fontsize=8, loc="upper right")
 
     caption = "Text never trained on; lower is better."
-    return Plot("Held-out text", caption, _svg("Held-out text", draw))
+    return Plot("Held-out text", caption, _svg("Held-out text", draw, _column(training, "tokens")))
 
 
 def _one_line(title: str, caption: str, tokens: _Series, values: _Series, unit: str) -> Plot | None:
@@ -123,7 +123,7 @@ def _one_line(title: str, caption: str, tokens: _Series, values: _Series, unit: 
         axes.set_ylim(bottom=0, top=1.08 * float(np.nanmax(values)) or 1.0)
         axes.set_ylabel(unit)
 
-    return Plot(title, caption, _svg(title, draw))
+    return Plot(title, caption, _svg(title, draw, tokens))
 
 
 def smoothed(values: _Series) -> _Series:
@@ -164,7 +164,7 @@ def _thin(places: _Series, values: _Series) -> tuple[_Series, _Series]:
     return places[kept], values[kept]
 
 
-def _svg(title: str, draw: Callable[[Axes], None]) -> str:
+def _svg(title: str, draw: Callable[[Axes], None], tokens: _Series) -> str:
     # Imported here because it takes longer than all the rest.
     import matplotlib
     from matplotlib.figure import Figure
@@ -196,7 +196,8 @@ def _svg(title: str, draw: Callable[[Axes], None]) -> str:
         axes = figure.subplots()
         draw(axes)
         axes.set_xlabel("tokens")
-        axes.set_xlim(left=0)
+        # The same for all plots, so that one looks up and down at the same moment of the run.
+        axes.set_xlim(0, 1.02 * float(np.nanmax(tokens, initial=0.0)) or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         out = io.StringIO()

@@ -8,6 +8,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+from tilewright.trainer.quantities import duration, short
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.run_directory import SUMMARY, write_atomically
 from tilewright.trainer.trained import continue_prompt
@@ -43,6 +44,30 @@ def continuation(run: Path, recipe: Recipe) -> dict[str, str]:
         seed=recipe.seed,
     )
     return {"prompt": sample.prompt, "continuation": text}
+
+
+def closing_text(facts: dict[str, Any]) -> str:
+    """What is shown at the end of a run, from what `write_summary` records."""
+    heldout, sample = facts["heldout"], facts["sample"]
+    rows = [("this model", heldout["bits_per_byte"])]
+    rows += [
+        (f"{name} -9", heldout[f"{name}_bits_per_byte"])
+        for name in ("xz", "gzip")
+        if f"{name}_bits_per_byte" in heldout
+    ]
+    lines = [
+        f"\ntrained on {short(facts['tokens'])} tokens in {facts['steps']:,} steps, {duration(facts['seconds'])}",
+        f"\nbits per byte of held-out text ({heldout['bytes']:,} bytes that were not trained on)",
+        *(f"  {name:<10}  {bits:.3f}" for name, bits in rows),
+    ]
+    if sample:
+        lines += [
+            "\na continuation, drawn by the model after the prompt's last line:",
+            "",
+            sample["prompt"].rstrip("\n"),
+        ]
+        lines.append(sample["continuation"].strip("\n") if sample["prompt"].endswith("\n") else sample["continuation"])
+    return "\n".join(lines)
 
 
 def write_summary(run: Path, facts: dict[str, Any]) -> None:

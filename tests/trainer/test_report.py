@@ -241,6 +241,12 @@ def test_without_mfu_there_is_no_plot_of_it_and_losses_that_were_not_finite_leav
     assert "training loss 2.000 nats per token, from 2.000" in page.text
 
 
+def test_all_plots_span_the_same_tokens(write):
+    page = write(evaluations=[evaluation_line(0)])
+    for plot in page.source.split("<svg")[1:]:
+        assert re.findall(r">([0-9]+ k|0)<", plot.split("axis_2")[0]) == ["0", "15 k", "30 k", "45 k", "60 k"]
+
+
 def test_two_evaluated_sets_are_told_apart(write):
     lines = [evaluation_line(step) for step in (0, 30)] + [evaluation_line(30, name="code")]
     source = write(evaluations=lines).source

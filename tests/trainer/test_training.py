@@ -165,6 +165,12 @@ def test_the_resolved_recipe_is_saved_beside_the_checkpoints(tiny_recipe: Write)
     assert recipe_from_run(outcome.run / "recipe.yaml") == load_recipe(str(recipe), ["--steps", "2"])
 
 
+def test_a_checkpoint_right_after_an_evaluation_is_whole(tiny_recipe: Write) -> None:
+    """Both fall on step 3, where the evaluation has just gathered the parameters."""
+    outcome, _ = run(tiny_recipe(checkpoints__every=3, evaluation__every=3))
+    assert [checkpoint.step for checkpoint in committed(outcome.run)] == [3, 6]
+
+
 def test_samples_do_not_depend_on_the_micro_batch(tiny_recipe: Write) -> None:
     """The step's tokens are the same however they are cut; the losses then differ by rounding alone."""
     recipe = tiny_recipe()
