@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make setup PIP_INSTALL_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_INSTALL_OPTIONS ?=
 CORPUS := data/stdlib
-# Anything of the recipe, as in: make train TRAIN_OVERRIDES="--steps 50 --seed 1"
+# Anything of the recipe, as in: make train TRAIN_OVERRIDES="--seed 1 --optimizer.learning_rate 2e-3"
 TRAIN_OVERRIDES ?=
 
 .PHONY: setup train test lint clean

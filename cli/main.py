@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tilewright.cli import corpus, doctor, evaluate, generate, train
 from tilewright.corpus import CorpusError
-from tilewright.trainer import TrainingError
+from tilewright.trainer.errors import TrainingError, disk_error_text
 
 _EPILOG = """\
 a first run:
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(parsed.run(parsed))
     except (TrainingError, CorpusError) as error:
         print(f"{_rank()}tilewright: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{_rank()}tilewright: {disk_error_text(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{_rank()}tilewright: interrupted; the same command starts again from what is complete", file=sys.stderr)

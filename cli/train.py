@@ -8,7 +8,7 @@ from typing import Any
 _EPILOG = """\
 examples:
   tilewright train quickstart
-  tilewright train my-recipe.yaml --steps 100 --optimizer.learning_rate 1e-3
+  tilewright train quickstart --seed 1 --optimizer.learning_rate 2e-3
   torchrun --nproc-per-node 8 -m tilewright.cli train my-recipe.yaml
 
 Ctrl-C writes a checkpoint and stops; the same command goes on from it. Each run has a directory of its own in runs/

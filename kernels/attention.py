@@ -789,7 +789,7 @@ def _documents(
         length = end - start
         if length == 0:
             continue
-        step = max(32, 1 << max(0, length.bit_length() - 3))
+        step = max(32, 1 << max(0, length.bit_length() - 4))
         padding = -length % step if causal else 0
         parts = []
         for x in tensors:

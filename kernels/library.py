@@ -45,7 +45,7 @@ def refuse_double_backward(op: torch._ops.OpOverload) -> None:
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
             f"{op._name} is a backward pass and has no gradient of its own; for second derivatives compute the "
-            "op inside tilewright.kernels.use('reference')"
+            "same from plain PyTorch operations"
         )
 
     differentiate(op, backward)

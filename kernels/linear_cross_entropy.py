@@ -78,11 +78,9 @@ def linear_cross_entropy(
     if reduction == "none":
         losses: torch.Tensor = _Rows.apply(flat, weight, flat_targets, bias, loss)
         return losses.view(targets.shape)
-    scale = torch.ones((), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    if reduction == "mean":
-        scale = scale / (flat_targets != ignore_index).sum()
-    total: torch.Tensor = _Total.apply(flat, weight, flat_targets, bias, scale, loss)
-    return total
+    total: torch.Tensor = _Total.apply(flat, weight, flat_targets, bias, loss)
+    # Divided out here: gradients rounded to float16 after a division by many rows would lose what loss scaling saves.
+    return total / (flat_targets != ignore_index).sum() if reduction == "mean" else total
 
 
 def reference(
@@ -180,7 +178,8 @@ def _gradients(
     upstream: torch.Tensor,
     loss: _Loss,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Losses (rows,), dhidden, dweight and dbias, given the upstream gradient of each row's loss."""
+    """Losses (rows,), dhidden, dweight and dbias, given the upstream gradient of each row's loss; the last two in
+    float32, in which a sum over many rows is neither too large nor too small for its dtype."""
     wide = accumulation_dtype(hidden.dtype)
     losses, dhidden = [], []
     dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
@@ -195,39 +194,40 @@ def _gradients(
             dbias += dlogits.to(wide).sum(0)
     if not losses:  # no rows
         losses, dhidden = [upstream.new_zeros(0)], [torch.zeros_like(hidden)]
-    bias_gradient = dbias.to(bias.dtype) if bias is not None else None
-    return torch.cat(losses), torch.cat(dhidden), dweight.to(weight.dtype), bias_gradient
+    return torch.cat(losses), torch.cat(dhidden), dweight, dbias if bias is not None else None
 
 
 def _refuse_double_backward() -> None:
     """Raise where the gradient is to be differentiated again, which would silently miss what the chunks computed."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "linear_cross_entropy computes its gradients in chunks and has no second derivatives: for those, take "
-            "cross_entropy of torch.nn.functional.linear inside tilewright.kernels.use('reference')"
+            "linear_cross_entropy computes its gradients in chunks and has no second derivatives: for those, compute "
+            "the same from plain PyTorch operations"
         )
 
 
 class _Total(torch.autograd.Function):
-    """scale · Σ losses; the gradients are computed with it, up to the upstream scalar."""
+    """Σ losses; the gradients are computed with it, up to the upstream scalar."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, bias: Any, scale: Any, loss: _Loss) -> torch.Tensor:
+    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, bias: Any, loss: _Loss) -> torch.Tensor:
         if not any(ctx.needs_input_grad):
-            total: torch.Tensor = _losses(hidden, weight, targets, bias, loss).sum() * scale
-            return total
-        upstream = scale.expand(targets.shape)
+            return _losses(hidden, weight, targets, bias, loss).sum()
+        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
+        upstream = torch.ones((), dtype=accumulation_dtype(hidden.dtype), device=hidden.device).expand(targets.shape)
         losses, dhidden, dweight, dbias = _gradients(hidden, weight, targets, bias, upstream, loss)
         ctx.save_for_backward(dhidden, dweight, dbias)
-        scaled: torch.Tensor = losses.sum() * scale
-        return scaled
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _refuse_double_backward()
         # Not in place: a second backward through the same graph must find the gradients as they were.
-        dhidden, dweight, dbias = ((g * upstream).to(g.dtype) if g is not None else None for g in ctx.saved_tensors)
-        return dhidden, dweight, None, dbias, None, None
+        dhidden, dweight, dbias = (
+            (gradient * upstream).to(dtype) if gradient is not None else None
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return dhidden, dweight, None, dbias, None
 
 
 class _Rows(torch.autograd.Function):
@@ -244,7 +244,7 @@ class _Rows(torch.autograd.Function):
         _refuse_double_backward()
         hidden, weight, targets, bias = ctx.saved_tensors
         _, dhidden, dweight, dbias = _gradients(hidden, weight, targets, bias, upstream, ctx.loss)
-        return dhidden, dweight, None, dbias, None
+        return dhidden, dweight.to(weight.dtype), None, dbias.to(bias.dtype) if dbias is not None else None, None
 
 
 def _losses(

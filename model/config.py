@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,9 @@ class ModelConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("norm_eps", "rotary_base", "initial_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ModelConfigError(f"model.{name} is {getattr(self, name)}; it must be more than 0")
         if self.heads % self.kv_heads:
             raise ModelConfigError(
                 f"model.heads is {self.heads}, which model.kv_heads ({self.kv_heads}) does not divide; "

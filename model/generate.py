@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -39,8 +41,8 @@ def generate(
     """
     if not prompt:
         raise ValueError("prompt is empty; it must hold at least one token")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature is {temperature} and top_k {top_k}; they must be at least 0 and 1")
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature is {temperature} and top_k {top_k}; they must be finite, at least 0 and 1")
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
@@ -61,5 +63,6 @@ def _draw(logits: torch.Tensor, temperature: float, top_k: int | None, generator
     if top_k is not None and top_k < logits.numel():
         lowest = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    # The largest logit first, so that a tiny temperature overflows to −∞ and never to NaN.
+    probabilities = torch.softmax((logits - logits.max()).double() / temperature, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))

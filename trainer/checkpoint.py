@@ -9,6 +9,7 @@ last committed checkpoint whole. It holds tensors alone, and reading it runs no 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -81,6 +82,7 @@ def save(state: dict[str, torch.Tensor], run: Path, step: int, world: World, *, 
                 files.update(part)
             write_atomically(path / MARKER, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
             _sync_directory(path)
+            _sync_directory(path.parent)
             _prune(run, keep)
         world.gather(None)
     return Committed(path, step)
@@ -120,10 +122,10 @@ def _verify(checkpoint: Committed) -> None:
     mend = _mend(checkpoint)
     try:
         marker = json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8"))
-        files = dict(marker["files"])
-        if marker["format"] != FORMAT or marker["step"] != checkpoint.step:
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in marker["files"].items()}
+        if marker["format"] != FORMAT or marker["step"] != checkpoint.step or ".metadata" not in files:
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise TrainingError(f"{checkpoint.path / MARKER} is not one that this version wrote; {mend}") from None
     for name, (size, digest) in files.items():
         file = checkpoint.path / name
@@ -179,9 +181,10 @@ def _sync_directory(path: Path) -> None:
 
 def _prune(run: Path, keep: int) -> None:
     for checkpoint in committed(run)[:-keep]:
-        # The marker goes first: what is left if this is interrupted does not count.
-        (checkpoint.path / MARKER).unlink()
-        shutil.rmtree(checkpoint.path, ignore_errors=True)
+        # The marker goes first: what is left if this is interrupted does not count. One that cannot be removed stays.
+        with contextlib.suppress(OSError):
+            (checkpoint.path / MARKER).unlink()
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 @contextmanager
@@ -193,7 +196,7 @@ def _disk_errors_told(path: Path, step: int, world: World) -> Iterator[None]:
         cause = _disk_error(error)
         if cause is None:
             raise
-        if world.first:
+        if world.first and not (path / MARKER).is_file():
             shutil.rmtree(path, ignore_errors=True)
         kept = committed(path.parent.parent)
         rest = f"the checkpoint of step {kept[-1].step} is untouched" if kept else "no earlier one was written"

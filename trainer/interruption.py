@@ -20,7 +20,9 @@ class Interruption:
         self.requested = False
 
     def __enter__(self) -> Interruption:
-        self._previous = {number: signal.signal(number, self._ask) for number in self._SIGNALS}
+        # A signal that is ignored stays so: nohup ignores SIGHUP to outlive its terminal.
+        asked = [number for number in self._SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._ask) for number in asked}
         return self
 
     def __exit__(self, *_: object) -> None:

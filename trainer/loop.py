@@ -13,11 +13,9 @@ import torch
 from rich.console import Console
 
 from tilewright.corpus import Corpus, HeldOutStream, TrainStream, open_corpus
-from tilewright.kernels import choose
 from tilewright.trainer import checkpoint
 from tilewright.trainer.display import Display, NullDisplay
 from tilewright.trainer.environment import environment
-from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
 from tilewright.trainer.interruption import Interruption
 from tilewright.trainer.metrics import METRICS, Metrics, TrainingLine, read_metrics
@@ -30,7 +28,14 @@ from tilewright.trainer.run_directory import choose_run_directory, locked, save_
 from tilewright.trainer.schedule import learning_rate_factor
 from tilewright.trainer.step import MicroBatch, train_step
 from tilewright.trainer.summary import closing_text, compressed_bits_per_byte, continuation, heldout_text, write_summary
-from tilewright.trainer.trained import check_vocabulary
+from tilewright.trainer.trained import (
+    CORPUS,
+    check_kernels,
+    check_same_corpus,
+    check_vocabulary,
+    corpus_identity,
+    is_same_corpus,
+)
 
 HELDOUT = "heldout"
 
@@ -57,16 +62,18 @@ def train(recipe: Recipe, console: Console) -> Outcome:
         corpus = open_corpus(recipe.data.corpus)
         check_vocabulary(recipe, corpus)
         stream = TrainStream(corpus.train, sequence_length=recipe.data.sequence_length, seed=recipe.seed)
-        run = processes.first_decides(lambda: _open_run(recipe, stack))
+        run = processes.first_decides(lambda: _open_run(recipe, corpus, stack))
         interruption = stack.enter_context(Interruption())
         return _Training(recipe, corpus, stream, run, processes, interruption, console, stack).go()
 
 
-def _open_run(recipe: Recipe, stack: ExitStack) -> Path:
-    """Choose and lock the run directory."""
-    run = choose_run_directory(recipe)
+def _open_run(recipe: Recipe, corpus: Corpus, stack: ExitStack) -> Path:
+    """Choose and lock the run directory, and record in it what the run is made of."""
+    run = choose_run_directory(recipe, lambda run: is_same_corpus(run, corpus))
     stack.enter_context(locked(run))
+    check_same_corpus(run, corpus)
     save_recipe(run, recipe)
+    write_atomically(run / CORPUS, json.dumps(corpus_identity(corpus), indent=1))
     return run
 
 
@@ -100,6 +107,9 @@ class _Training:
         self.display: Display = NullDisplay()
         if processes.first:
             write_atomically(run / "environment.json", json.dumps(environment(processes.device), indent=1))
+            if self.step == 0 and (run / METRICS).exists():
+                # Killed before its first checkpoint, or its checkpoints are gone: what it recorded is kept.
+                (run / METRICS).replace(run / "metrics-before.jsonl")
             self.metrics = Metrics(run, resume_step=self.step)
             stack.callback(self.metrics.close)
             self.display = stack.enter_context(Display(console))
@@ -207,7 +217,8 @@ class _Training:
     def _leave(self) -> Outcome:
         report = self.processes.first_decides(lambda: write_report(self.run))
         self.display.stop()
-        self.display.message(f"stopped after step {self.step} with a checkpoint; the same command goes on from there")
+        kept = f"after step {self.step} with a checkpoint" if self.step else "before the first step"
+        self.display.message(f"stopped {kept}; the same command goes on from there")
         self.display.message(f"run directory  {self.run}\nreport         {report}")
         return Outcome("stopped", self.step, self.run, report)
 
@@ -240,22 +251,10 @@ class _Training:
         return report
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise before anything is built if the kernels that are demanded cannot run here.
-
-    Raises:
-        TrainingError: see `tilewright.kernels.choose`.
-    """
-    try:
-        choose(device, dtype)
-    except ValueError as error:
-        raise TrainingError(str(error)) from None
-
-
 def seconds_in_steps(run: Path, tokens_per_step: int) -> float:
     """The time that a run's optimizer steps took, over all its resumptions; evaluation and pauses not counted."""
     steps, _ = read_metrics(run / METRICS)
-    return float(sum(tokens_per_step / line["tokens_per_second"] for line in steps))
+    return float(sum(tokens_per_step / line["tokens_per_second"] for line in steps if line.get("tokens_per_second")))
 
 
 def _due(step: int, every: int) -> bool:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from tilewright.corpus import CorpusError
 from tilewright.model import Transformer, initialise
 from tilewright.model.config import ModelConfig
-from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.errors import TrainingError, disk_error_text
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class World:
         if self.first:
             try:
                 answer = ("path", str(decision()))
-            except TrainingError as error:
+            except (TrainingError, CorpusError) as error:
                 answer = ("error", str(error))
+            except OSError as error:
+                answer = ("error", disk_error_text(error))
         kind, text = typing.cast(tuple[str, str], self.share(answer))
         if kind == "error":
             raise TrainingError(text)
@@ -93,6 +96,10 @@ def world() -> Iterator[World]:
         yield World(dist.get_rank(), size, device, init_device_mesh(device_type, (size,), mesh_dim_names=("shard",)))
         # Leaving together: a process that is still in a collective when another has gone is aborted by gloo.
         dist.barrier()
+    except RuntimeError as error:
+        if dist.get_world_size() > 1 and "closed by peer" in str(error):
+            raise TrainingError("another process of this run ended first; its own message says why") from None
+        raise
     finally:
         dist.destroy_process_group()
 

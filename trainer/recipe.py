@@ -1,6 +1,6 @@
 """The recipe: everything that defines a run, as typed dataclasses, read from YAML with dotted overrides.
 
-    recipe = load_recipe("recipes/quickstart.yaml", ["--steps", "100", "--optimizer.learning_rate", "1e-3"])
+    recipe = load_recipe("recipes/quickstart.yaml", ["--seed", "1", "--optimizer.learning_rate", "2e-3"])
 
 Keys that no field answers to are refused with the nearest known one. What is saved beside every checkpoint is the
 resolved recipe: each value stated, presets filled in.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import math
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -136,12 +137,17 @@ class Recipe:
             "steps": 1, "data.sequence_length": 1, "batch.sequences": 1, "batch.micro_batch": 1,
             "schedule.warmup_steps": 0, "schedule.decay_steps": 0, "evaluation.every": 0, "evaluation.windows": 0,
             "checkpoints.every": 0, "checkpoints.keep": 1, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
+            "optimizer.eps": 0, "optimizer.weight_decay": 0, "schedule.final_fraction": 0, "seed": 0,
             "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1,
         }  # fmt: skip
         for key, least in at_least.items():
             value = _get(self, key)
-            if not value >= least:
+            if not least <= value < math.inf:
                 raise TrainingError(f"{key} is {value}; it must be {least} or more")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise TrainingError(f"optimizer.betas is {self.optimizer.betas}; each must be at least 0 and less than 1")
+        if not self.seed < 2**63:
+            raise TrainingError(f"seed is {self.seed}; it must be less than 2**63")
         if self.data.sequence_length > self.model.max_sequence_length:
             raise TrainingError(
                 f"data.sequence_length is {self.data.sequence_length}, more than the {self.model.max_sequence_length} "
@@ -184,7 +190,7 @@ def recipe_from_run(path: Path) -> Recipe:
         raise TrainingError(
             f"{path.parent} is not a run directory: it holds no {path.name}; name one that a training run made"
         )
-    return _build(_parse(path.read_text(encoding="utf-8"), str(path)), str(path))
+    return _build(_parse(_read(path), str(path)), str(path))
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -202,7 +208,7 @@ def shipped_recipes() -> list[str]:
 
 def _text_of(source: str) -> str:
     if Path(source).is_file():
-        return Path(source).read_text(encoding="utf-8")
+        return _read(Path(source))
     if source in shipped_recipes():
         return importlib.resources.files("tilewright.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     raise TrainingError(
@@ -210,10 +216,17 @@ def _text_of(source: str) -> str:
     )
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TrainingError(f"{path} is not a text file in UTF-8, so it is no recipe; name another") from None
+
+
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise TrainingError(
@@ -235,7 +248,20 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
             if not rest:
                 raise TrainingError(f"--{key} has no value; write --{key} VALUE")
             value = rest.pop(0)
-        yield key, yaml.safe_load(value)
+        yield key, _override_value(key, value)
+
+
+def _override_value(key: str, text: str) -> Any:
+    """What an override says: plain text for a key whose value is text, else YAML."""
+    kind: Any = Recipe
+    for part in key.split("."):
+        kind = _sections(typing.cast(type, kind)).get(part) if dataclasses.is_dataclass(kind) else None
+    if kind is str or kind == str | None:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise TrainingError(f"--{key} {text} is not a value; quote it as YAML would want it") from None
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -265,6 +291,8 @@ def _model_values(model: Any) -> Any:
     """The model's section with its preset filled in; what the section states itself goes before the preset."""
     if not isinstance(model, dict) or "preset" not in model:
         return model
+    if not isinstance(model["preset"], str):
+        raise TrainingError(f"model.preset is {model['preset']!r}; it must be one of {', '.join(PRESETS)}")
     changes = {key: value for key, value in model.items() if key != "preset"}
     try:
         return {**dataclasses.asdict(from_preset(model["preset"])), **changes}

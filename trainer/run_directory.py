@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,16 @@ from tilewright.trainer.recipe import Recipe, recipe_from_run, recipe_text
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
-# What may change between the start of a run and its resumption: nothing that decides which numbers come out.
-_FREE_TO_CHANGE = ("name", "runs", "run_directory", "evaluation", "checkpoints", "sample", "compile")
+# What may change between the start of a run and its resumption: nothing that decides what is computed (`compile`
+# changes roundings alone; the corpus is compared by what is in it, not by its path).
+_FREE_TO_CHANGE = ("name", "runs", "run_directory", "evaluation", "checkpoints", "sample", "compile", "data.corpus")
 
 
-def choose_run_directory(recipe: Recipe) -> Path:
+def choose_run_directory(recipe: Recipe, fits: Callable[[Path], bool] = lambda run: True) -> Path:
     """The directory for `recipe`: the one it names, or the newest unfinished run of the same recipe, or a new one.
+
+    Args:
+        fits: whether an unfinished run may be gone on with, apart from its recipe.
 
     Raises:
         TrainingError: the directory that the recipe names holds a run of another recipe.
@@ -37,7 +41,7 @@ def choose_run_directory(recipe: Recipe) -> Path:
         # Only the newest can be the one that was interrupted; an older one was given up.
         if is_finished(run) or not (run / RECIPE).is_file():
             break
-        if not _differences(recipe_from_run(run / RECIPE), recipe):
+        if fits(run) and not _differences(recipe_from_run(run / RECIPE), recipe):
             return run
         break
     number = int(runs[-1].name.rsplit("-", 1)[1]) + 1 if runs else 1
@@ -84,7 +88,7 @@ def locked(run: Path) -> Iterator[None]:
     with (run / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise TrainingError(
                 f"another command is training in {run}; wait for it, stop it, or name another with --run_directory"
             ) from None
@@ -93,7 +97,9 @@ def locked(run: Path) -> Iterator[None]:
 
 def _numbered(runs: Path, name: str) -> list[Path]:
     pattern = re.compile(re.escape(name) + r"-\d{3,}")
-    found = [path for path in runs.glob(f"{name}-*") if path.is_dir() and pattern.fullmatch(path.name)]
+    found = [
+        path for path in (runs.iterdir() if runs.is_dir() else ()) if path.is_dir() and pattern.fullmatch(path.name)
+    ]
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
@@ -107,10 +113,9 @@ def _differences(old: Recipe, new: Recipe) -> list[str]:
             else:
                 yield prefix + key, value
 
-    a, b = (
-        dict(flat({k: v for k, v in dataclasses.asdict(r).items() if k not in _FREE_TO_CHANGE})) for r in (old, new)
-    )
-    return [key for key in a if a[key] != b[key]]
+    a, b = (dict(flat(dataclasses.asdict(recipe))) for recipe in (old, new))
+    free = tuple(f"{section}." for section in _FREE_TO_CHANGE)
+    return [key for key in a if a[key] != b[key] and key not in _FREE_TO_CHANGE and not key.startswith(free)]
 
 
 def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:

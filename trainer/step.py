@@ -8,6 +8,7 @@ neither the loss nor its gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from tilewright.corpus import IGNORE, Batch
 from tilewright.model import Transformer
+from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.parallel import World
 
 
@@ -59,6 +61,9 @@ def train_step(
 
     Args:
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them.
+
+    Raises:
+        TrainingError: a gradient is not finite; no weight has changed.
     """
     assert isinstance(model, FSDPModule)
     (valid_tokens,) = world.sum(sum(micro.valid_tokens() for micro in micro_batches))
@@ -72,6 +77,13 @@ def train_step(
         (summed * scale).backward()
         total += summed.detach()
     grad_norm = clip_gradients(model, max_grad_norm)
+    if not math.isfinite(grad_norm):
+        # The norm is over all processes, so all of them end here, before the weights are touched.
+        optimizer.zero_grad(set_to_none=True)
+        raise TrainingError(
+            f"training diverged: the gradient's norm is {grad_norm}; the checkpoints are untouched; start another run "
+            "with a lower optimizer.learning_rate or a longer schedule.warmup_steps"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     (loss,) = world.sum(total.item())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tilewright.corpus import Corpus, HeldOutStream, open_corpus
+from tilewright.kernels import choose
 from tilewright.model import Transformer, generate
 from tilewright.trainer.checkpoint import committed, load, training_state
 from tilewright.trainer.errors import TrainingError
@@ -15,6 +18,8 @@ from tilewright.trainer.evaluate import evaluate
 from tilewright.trainer.parallel import world
 from tilewright.trainer.recipe import Recipe, recipe_from_run
 from tilewright.trainer.run_directory import RECIPE
+
+CORPUS = "corpus.json"
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,13 @@ def load_trained(run: Path, device: torch.device) -> Trained:
         TrainingError: it is no run directory, or it holds no committed checkpoint, or that is damaged.
     """
     recipe = recipe_from_run(run / RECIPE)
+    check_kernels(device, getattr(torch, recipe.compute_dtype))
     checkpoints = committed(run)
     if not checkpoints:
         raise TrainingError(f"{run} holds no committed checkpoint yet; let the run come to one, or stop it with Ctrl-C")
     corpus = open_corpus(recipe.data.corpus)
     check_vocabulary(recipe, corpus)
+    check_same_corpus(run, corpus)
     with torch.device("meta"):
         model = Transformer(recipe.model)
     model.to_empty(device="cpu")
@@ -77,6 +84,10 @@ def continue_prompt(run: Path, prompt: str, *, max_new_tokens: int, temperature:
     Raises:
         TrainingError, CorpusError: an argument does not fit, or the run is missing or damaged.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise TrainingError("the prompt is not text: it holds bytes that are no UTF-8; give it in UTF-8") from None
     trained = load_trained(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = trained.corpus.tokenizer
     try:
@@ -92,6 +103,52 @@ def continue_prompt(run: Path, prompt: str, *, max_new_tokens: int, temperature:
     except ValueError as error:
         raise TrainingError(str(error)) from None
     return tokenizer.decode(tokens)
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise before anything is built if the kernels that are demanded cannot run here.
+
+    Raises:
+        TrainingError: see `tilewright.kernels.choose`.
+    """
+    try:
+        choose(device, dtype)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+
+
+def corpus_identity(corpus: Corpus) -> dict[str, object]:
+    """What tells one corpus from another: its tokenizer, and how much text and how many tokens each split holds."""
+    return {
+        "tokenizer": corpus.tokenizer.fingerprint,
+        **{
+            split.folder.name: hashlib.sha256((split.folder / "manifest.json").read_bytes()).hexdigest()
+            for split in (corpus.train, corpus.heldout)
+        },
+    }
+
+
+def is_same_corpus(run: Path, corpus: Corpus) -> bool:
+    """Whether a run was trained on `corpus`, as far as it recorded that."""
+    try:
+        return bool(json.loads((run / CORPUS).read_text(encoding="utf-8")) == corpus_identity(corpus))
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+
+
+def check_same_corpus(run: Path, corpus: Corpus) -> None:
+    """Raise if a run was trained on another corpus than `corpus`.
+
+    Raises:
+        TrainingError: it was; the corpus folder has been built anew from other text or with other settings.
+    """
+    if not is_same_corpus(run, corpus):
+        raise TrainingError(
+            f"{run} was trained on another corpus than the one that is now in {corpus.train.folder.parent.parent}; "
+            "bring that one back, or start a new run in another run directory"
+        )
 
 
 def check_vocabulary(recipe: Recipe, corpus: Corpus) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tilewright.kernels.attention import _documents, attention, reference
 from tilewright.kernels.dispatch import use
 

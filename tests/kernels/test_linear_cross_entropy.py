@@ -84,3 +84,20 @@ def test_a_loss_that_needs_no_gradient_computes_none() -> None:
         loss = linear_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(loss, reference(hidden, weight, targets).detach())
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_loss_scaling_saves_small_float16_gradients(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over many rows makes gradients that float16 cannot resolve, unless the upstream scale comes first."""
+    rows, width, classes, scale = 2048, 8, 64, 65536.0
+    monkeypatch.setitem(_CHUNK_ELEMENTS, "cpu", 1024 * classes)
+    hidden = torch.randn(rows, width).half().requires_grad_()
+    weight = torch.randn(classes, width).half().requires_grad_()
+    targets = torch.randint(classes, (rows,))
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = torch.autograd.grad(reference(*wide, targets), wide, torch.tensor(scale, dtype=torch.float64))
+    with use(implementation):
+        loss = linear_cross_entropy(hidden, weight, targets)
+        got = torch.autograd.grad(loss, (hidden, weight), torch.tensor(scale))
+    for gradient, expected in zip(got, exact, strict=True):
+        assert (gradient.double() - expected).norm() / expected.norm() < 1e-3

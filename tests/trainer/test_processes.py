@@ -59,12 +59,12 @@ def trained_to(processes: int, recipe: Path, run: Path, steps: int) -> tuple[lis
     """Train up to the checkpoint of `steps` and be killed there, or finish."""
     environment_stop = "" if steps == 6 else str(steps)
     program = (
-        "import sys, tilewright.trainer.loop as loop\n"
+        "import os, sys, tilewright.trainer.loop as loop\n"
         "from tilewright.cli.main import main\n"
         "stop = sys.argv.pop(1)\n"
         "if stop:\n"
         "    loop._Training._asked_to_stop = lambda self: self.step == int(stop)\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "os._exit(main(sys.argv[1:]))\n"
     )
     script = run.parent / "train_until.py"
     script.write_text(program)

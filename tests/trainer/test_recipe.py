@@ -81,3 +81,37 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     bad.write_text("name: a\nmodel: {preset: gpt2}\ndata: {corpus: x}\nbatch: {sequences: 1, micro_batch: 1}\n")
     with pytest.raises(TrainingError, match=r"bad.yaml has no data.sequence_length; state it"):
         load_recipe(str(bad))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--steps", "[a"], r"--steps \[a is not a value"),
+        (["--model.preset", "[a]"], r"model.preset is \['a'\]; it must be one of"),
+        (
+            ["--optimizer.betas", "[2.0, 0.9]"],
+            r"optimizer.betas is \(2.0, 0.9\); each must be at least 0",
+        ),
+        (["--model.rotary_base", "0"], r"model.rotary_base is 0.0; it must be more than 0"),
+        (["--sample.temperature", ".inf"], r"sample.temperature is inf; it must be 0 or more"),
+        (["--optimizer.weight_decay", "-1"], r"optimizer.weight_decay is -1.0; it must be 0 or more"),
+        (["--seed", "99999999999999999999"], r"seed is 99999999999999999999; it must be less than 2\*\*63"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_at_once(
+    tiny_recipe: Write, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        load_recipe(str(tiny_recipe()), overrides)
+
+
+def test_text_that_looks_like_yaml_is_still_text(tiny_recipe: Write) -> None:
+    recipe = load_recipe(str(tiny_recipe()), ["--sample.prompt", "def main():", "--name", "123"])
+    assert (recipe.sample.prompt, recipe.name) == ("def main():", "123")
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(TrainingError, match=r"bad.yaml is not a text file in UTF-8"):
+        load_recipe(str(bad))

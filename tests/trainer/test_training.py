@@ -4,19 +4,24 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from tilewright.corpus import build_corpus
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.checkpoint import committed
+from tilewright.trainer.interruption import Interruption
 from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.metrics import read_metrics
 from tilewright.trainer.recipe import load_recipe, recipe_from_run
+from tilewright.trainer.trained import load_trained
 
 Write = Callable[..., Path]
 
@@ -186,3 +191,62 @@ def test_gpt2_style_models_and_crossing_documents_train_too(tiny_recipe: Write) 
     outcome, _ = run(recipe)
     evaluations = lines(outcome.run)[1]
     assert evaluations[-1]["eval"]["heldout"]["loss"] < evaluations[0]["eval"]["heldout"]["loss"]
+
+
+def test_a_corpus_built_anew_in_the_same_place_is_told_from_the_one_trained_on(
+    tiny_recipe: Write, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus, corpus)
+    recipe = tiny_recipe(data__corpus=str(corpus))
+    step, calls = loop.train_step, 0
+
+    def killed_in_the_fourth_step(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", killed_in_the_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    monkeypatch.undo()
+    first = recipe.parent / "runs" / "tiny-001"
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number}.txt").write_text(f"other words than before number {number} " * 60)
+    build_corpus(source, corpus, suffixes=[".txt"], vocab_size=300, held_out_fraction=0.2)
+    with pytest.raises(TrainingError, match=r"tiny-001 was trained on another corpus than the one that is now in"):
+        load_trained(first, torch.device("cpu"))
+    with pytest.raises(TrainingError, match=r"was trained on another corpus"):
+        run(recipe, "--run_directory", str(first))
+    outcome, _ = run(recipe)
+    assert outcome.run.name == "tiny-002"
+
+
+def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(tiny_recipe: Write) -> None:
+    recipe = tiny_recipe(checkpoints__every=1)
+    with pytest.raises(TrainingError, match=r"training diverged: the gradient's norm is (nan|inf);"):
+        run(recipe, "--optimizer.learning_rate", "1e30")
+    kept = committed(recipe.parent / "runs" / "tiny-001")
+    assert kept
+    trained = load_trained(kept[-1].path.parent.parent, torch.device("cpu"))
+    assert all(p.isfinite().all() for p in trained.model.parameters())
+
+
+def test_names_with_glob_characters_get_directories_of_their_own(tiny_recipe: Write) -> None:
+    recipe = tiny_recipe(steps=2, name="exp[1]")
+    assert [run(recipe)[0].run.name for _ in range(2)] == ["exp[1]-001", "exp[1]-002"]
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    """``nohup`` ignores SIGHUP so that a run outlives its terminal."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, previous)
