@@ -891,6 +891,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("fewer queries", qkv(1, 3, 8, 2, 1, 16), {"scale": 0.3})
     yield Sample("more queries", qkv(1, 8, 3, 2, 1, 16), {"return_lse": True})
     yield Sample("127 tokens", qkv(1, 127, 127, 1, 1, 32))
+    yield Sample("1000 tokens", qkv(1, 1000, 1000, 1, 1, 16))
+    yield Sample("7 queries by 4097 keys", qkv(1, 7, 4097, 1, 1, 16))
     yield Sample("200 by 300, full", qkv(1, 200, 300, 2, 1, 64), {"causal": False})
     yield Sample("300 tokens, head_dim 80", qkv(1, 300, 300, 2, 1, 80))
     yield Sample("140 tokens, head_dim 256", qkv(1, 140, 140, 1, 1, 256))

@@ -74,21 +74,26 @@ def losses(run_directory: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in lines(run_directory)[0]]
 
 
+def kill_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next run die in its step `number`, as if killed there: nothing is saved on the way out."""
+    step, calls = loop.train_step, 0
+
+    def killed(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", killed)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses_to_the_bit(
     tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe()
     whole, _ = run(recipe, "--run_directory", str(recipe.parent / "whole"))
-    step, calls = loop.train_step, 0
-
-    def killed_in_the_sixth_step(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return step(*args, **options)
-
-    monkeypatch.setattr(loop, "train_step", killed_in_the_sixth_step)
+    kill_in_step(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(recipe)
     monkeypatch.undo()
@@ -199,16 +204,7 @@ def test_a_corpus_built_anew_in_the_same_place_is_told_from_the_one_trained_on(
     corpus = tmp_path / "corpus"
     shutil.copytree(tiny_corpus, corpus)
     recipe = tiny_recipe(data__corpus=str(corpus))
-    step, calls = loop.train_step, 0
-
-    def killed_in_the_fourth_step(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return step(*args, **options)
-
-    monkeypatch.setattr(loop, "train_step", killed_in_the_fourth_step)
+    kill_in_step(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(recipe)
     monkeypatch.undo()
