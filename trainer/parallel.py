@@ -77,16 +77,31 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """Join the processes that ``torchrun`` started, or be the only one; leave them at the end of the ``with`` block."""
+    """Join the processes that ``torchrun`` started, or be the only one; leave them at the end of the ``with`` block.
+
+    Raises:
+        TrainingError: there are more processes than GPUs, they cannot meet, or another one ended first.
+    """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     backend = {"cuda": "cuda:nccl,cpu:gloo", "cpu": "gloo"}[device_type]
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise TrainingError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as "
+                "many processes with --nproc-per-node"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except ValueError as error:
+            raise TrainingError(
+                f"RANK and WORLD_SIZE are set, but the processes cannot meet ({error}); start them with torchrun, or "
+                "unset the two variables"
+            ) from None
     else:
         # A store in memory: one process needs no port, and none is opened.
         store = dist.HashStore()  # type: ignore[attr-defined]

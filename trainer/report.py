@@ -164,7 +164,7 @@ def _headlines(run: _Run) -> Iterator[tuple[str, str, str]]:
     if (tokens := run.last("tokens")) is not None:
         yield "tokens trained on", short(tokens), ""
     if (seconds := _number(run.summary, "seconds")) is not None:
-        yield "wall time", duration(seconds), ""
+        yield "time in steps", duration(seconds), ""
     if rates := run.recorded("tokens_per_second"):
         yield "tokens per second", f"{statistics.median(rates):,.0f}", "median step"
     if shares := run.recorded("mfu"):

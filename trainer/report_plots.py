@@ -109,7 +109,7 @@ def _bits_per_byte(
         axes.set_ylabel("bits per byte")
         axes.legend(frameon=False, fontsize=8, loc="upper right")
 
-    caption = "Text never trained on; lower is better."
+    caption = "Text never trained on: a part of it on the way, all of it at the end."
     return Plot("Held-out text", caption, _svg("Held-out text", draw, _column(training, "tokens")))
 
 

@@ -149,7 +149,10 @@ def test_no_space_left_while_a_checkpoint_is_written(
     assert not (tmp_path / "runs" / "tiny-002").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--temperature", "-1"], ["--top-k", "0"], ["--prompt", ""]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--temperature", "-1"], ["--temperature", "nan"], ["--top-k", "0"], ["--prompt", ""], ["--prompt", "\udcff"]],
+)
 def test_sampling_options_out_of_range(
     finished: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
@@ -178,3 +181,35 @@ def test_evaluate_and_generate_read_a_finished_run(finished: Path, capsys: pytes
     assert "bits per byte" in capsys.readouterr().out
     assert main(["generate", str(finished), "--prompt", "the quick", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("the quick")
+
+
+def test_a_folder_of_runs_that_is_a_file(
+    tiny_recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    said = refused(capsys, "train", str(tiny_recipe()), "--runs", str(tmp_path / "file"))
+    assert "mend that, then give the same command again" in said
+
+
+def test_ranks_without_a_place_to_meet(
+    tiny_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "start them with torchrun" in refused(capsys, "train", str(tiny_recipe()))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_kernels_demanded_that_cannot_run(
+    finished: Path,
+    tiny_recipe: Write,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    import tilewright.kernels.dispatch as dispatch
+
+    monkeypatch.setattr(dispatch, "_mode", "cuda")
+    said = refused(capsys, command, str(tiny_recipe() if command == "train" else finished))
+    assert "TILEWRIGHT_KERNELS is 'cuda' in the environment; it must be one of auto, triton, reference" in said

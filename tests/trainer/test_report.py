@@ -119,7 +119,7 @@ def test_the_headlines_of_a_finished_run(write):
         "quickstart finished", "60 steps · A CPU · 2026-11-22T04:58:02+00:00",
         "held-out bits per byte 1.552 gzip -9: 2.013 · xz -9: 1.731",
         "training loss 2.000 nats per token, from 7.900", "parameters 4.21 M", "tokens trained on 60.0 k",
-        "wall time 15m12s", "tokens per second 7,030 median", "MFU 40.3% of 0.80 TFLOP/s", "peak memory 1.06 GB",
+        "time in steps 15m12s", "tokens per second 7,030 median", "MFU 40.3% of 0.80 TFLOP/s", "peak memory 1.06 GB",
     ):  # fmt: skip
         assert figure in text
 
@@ -204,7 +204,7 @@ def test_an_interrupted_run_says_so_and_shows_what_there_is(write):
     assert "tokens trained on 60.0 k" in page.text
     assert "MFU 40.3% median step" in page.text
     assert page.plots == TITLES
-    assert "wall time" not in page.text
+    assert "time in steps" not in page.text
     assert "gzip" not in page.text.lower()
 
 
@@ -231,7 +231,7 @@ def test_fields_of_the_wrong_kind_are_left_out(write):
     }
     text = write(summary=summary).text
     assert "run-001 3" in text
-    assert not re.search("wall time|parameters [0-9]|continuation", text)
+    assert not re.search("time in steps|parameters [0-9]|continuation", text)
 
 
 def test_without_mfu_there_is_no_plot_of_it_and_losses_that_were_not_finite_leave_a_gap(write):
