@@ -36,5 +36,6 @@ lint: setup
 	MYPYPATH=build/typed $(BIN)/mypy -p tilewright
 	$(BIN)/lint-imports
 
+# What was installed and built; runs/ and data/ stay, for they may have taken long.
 clean:
-	rm -rf $(VENV) build data runs *.egg-info
+	rm -rf $(VENV) build *.egg-info
