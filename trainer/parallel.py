@@ -109,8 +109,9 @@ def world() -> Iterator[World]:
     try:
         size = dist.get_world_size()
         yield World(dist.get_rank(), size, device, init_device_mesh(device_type, (size,), mesh_dim_names=("shard",)))
-        # Leaving together: a process that is still in a collective when another has gone is aborted by gloo.
-        dist.barrier()
+        if size > 1:
+            # Leaving together: a process that is still in a collective when another has gone is aborted by gloo.
+            dist.barrier()
     except RuntimeError as error:
         if dist.get_world_size() > 1 and "closed by peer" in str(error):
             raise TrainingError("another process of this run ended first; its own message says why") from None
