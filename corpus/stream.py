@@ -135,6 +135,11 @@ def _window(
     low, high = max(first, 0), min(first + length + 1, split.token_count)
     tokens = np.full(length + 1, end_of_text, dtype=np.int64)
     tokens[low - first : high - first] = split.read(low, high - low)
+    if split.vocab_size is not None and tokens.max() >= split.vocab_size:
+        raise CorpusError(
+            f"The shards in {split.folder} are damaged: they hold token {tokens.max()} near position {first}, and "
+            f"their vocabulary ends at {split.vocab_size - 1}; build the corpus again in another folder."
+        )
     inputs, targets = tokens[:-1], tokens[1:].copy()
     targets[high - first - 1 :] = IGNORE
     # Where, counted in the window, each next document begins.

@@ -8,6 +8,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.quantities import duration, short
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.run_directory import SUMMARY, write_atomically
@@ -25,9 +26,19 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def heldout_text(corpus: Path) -> bytes:
-    """The held-out documents of a corpus folder, end to end."""
-    with (corpus / "documents" / "heldout.jsonl").open(encoding="utf-8") as lines:
-        return "".join(json.loads(line)["text"] for line in lines).encode()
+    """The held-out documents of a corpus folder, end to end.
+
+    Raises:
+        TrainingError: the file that holds them is damaged.
+    """
+    path = corpus / "documents" / "heldout.jsonl"
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return "".join(json.loads(line)["text"] for line in lines).encode()
+    except (ValueError, KeyError, TypeError):
+        raise TrainingError(
+            f"{path} is damaged; bring it back from a copy, then give the same command again: the model is saved"
+        ) from None
 
 
 def continuation(run: Path, recipe: Recipe) -> dict[str, str]:

@@ -55,7 +55,10 @@ def test_a_missing_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_missing_text_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, "corpus", "build", "--source", str(tmp_path / "none"), "--output", str(tmp_path / "out"))
+    source = str(tmp_path / "none")
+    said = refused(capsys, "corpus", "build", "--source", source, "--output", str(tmp_path / "out"))
+    assert source in said
+    assert not (tmp_path / "out" / "documents").exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
@@ -150,13 +153,46 @@ def test_no_space_left_while_a_checkpoint_is_written(
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--temperature", "-1"], ["--temperature", "nan"], ["--top-k", "0"], ["--prompt", ""], ["--prompt", "\udcff"]],
+    ("option", "value", "message"),
+    [
+        ("--temperature", "-1", "temperature is -1.0"),
+        ("--temperature", "nan", "temperature is nan"),
+        ("--top-k", "0", "top_k 0; they must be finite, at least 0 and 1"),
+        ("--prompt", "", "prompt is empty"),
+        ("--prompt", "\udcff", "the prompt is not text"),
+    ],
 )
 def test_sampling_options_out_of_range(
-    finished: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+    finished: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
 ) -> None:
-    refused(capsys, "generate", str(finished), "--prompt", "the", *arguments)
+    assert message in refused(capsys, "generate", str(finished), "--prompt", "the", option, value)
+
+
+def test_shards_that_hold_a_token_past_their_vocabulary(
+    tiny_recipe: Write, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus, corpus)
+    (shard,) = (corpus / "shards" / "train").glob("*.ds")
+    shard.write_bytes(b"\xff\xff" * (shard.stat().st_size // 2))
+    said = refused(capsys, "train", str(tiny_recipe(data__corpus=str(corpus))))
+    assert "are damaged: they hold token 65535" in said
+    assert "their vocabulary ends at 319" in said
+
+
+def test_a_damaged_file_of_held_out_text_is_told_and_mended_the_run_ends_well(
+    tiny_recipe: Write, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus, corpus)
+    text = corpus / "documents" / "heldout.jsonl"
+    whole = text.read_text()
+    text.write_text("x" * len(whole.encode()))  # of the same size, which is all that opening a corpus looks at
+    recipe = str(tiny_recipe(data__corpus=str(corpus)))
+    assert "heldout.jsonl is damaged; bring it back" in refused(capsys, "train", recipe)
+    text.write_text(whole)
+    assert main(["train", recipe]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-001"]
 
 
 @pytest.mark.parametrize(
