@@ -13,11 +13,19 @@ from tilewright.kernels.launch import LaunchTable
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an op: its tensors by parameter name (an absent optional one is left out) and its other options."""
+    """One call of an op: its tensors by parameter name (an absent optional one is left out) and its other options.
+
+    The tensors named in `float32` stay float32 where the others are tested in 16 bits, such as a norm's weight.
+    """
 
     label: str
     tensors: dict[str, torch.Tensor]
     options: dict[str, Any] = field(default_factory=dict)
+    float32: frozenset[str] = frozenset()
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that tensor `name` takes where the sample is run in `dtype`."""
+        return torch.promote_types(dtype, torch.float32) if name in self.float32 else dtype
 
     def nbytes(self, *names: str) -> int:
         """Bytes of the named tensors, of those that are there."""
@@ -38,7 +46,8 @@ class OpSpec:
         compulsory_bytes: each input read once and each output written once, forward.
         tables: the launch tables by kernel name; every configuration in them is tested.
         strided: tensors that the kernels read in place, whatever the stride of their first dimension; the sample
-            labelled "three rows", in which each has 3 entries there, is tested with the last past 2³¹ elements.
+            labelled "three rows", in which each has 3 entries there, is tested with the last past 2³¹ elements, and
+            with more rows under dynamic shapes. The sample labelled "no rows" has none.
         tolerance: the error against float64 may be at most this many times that of the same-dtype reference.
         no_gradient: names of floating-point tensors that never take a gradient, such as rotary tables.
     """

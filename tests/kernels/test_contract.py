@@ -54,7 +54,7 @@ def run(
     tensors: Tensors = {}
     for name, x in sample.tensors.items():
         # detach() keeps the strides; a change of dtype keeps the values.
-        tensors[name] = x.detach().to(dtype) if x.is_floating_point() else x
+        tensors[name] = x.detach().to(sample.dtype_of(name, dtype)) if x.is_floating_point() else x
         if name in names:
             tensors[name].requires_grad_()
     results = outputs_of(function(**tensors, **sample.options))

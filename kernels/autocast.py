@@ -1,0 +1,37 @@
+"""What ``torch.autocast`` does to the inputs of an op, as it does to those of the op's counterpart in PyTorch.
+
+Autocast sorts ops by what they can bear: matrix products and attention take the low precision, norms on CUDA are
+raised to float32, elementwise ops are left alone. float64 is never touched.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is enabled for their device, else as they are: what PyTorch does for
+    ``linear`` and ``scaled_dot_product_attention``. Differentiable; integers, float64 and None pass through."""
+    device = _device_type(tensors)
+    if device is None or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST else x for x in tensors)
+
+
+def to_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The 16-bit tensors in float32 where autocast is enabled on CUDA, else as they are: what PyTorch does for
+    ``layer_norm`` and ``rms_norm``, which on CPU it leaves alone. Differentiable; others and None pass through."""
+    device = _device_type(tensors)
+    if device != "cuda" or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.float() if x is not None and x.dtype in _AUTOCAST else x for x in tensors)
+
+
+def _device_type(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
+    for x in tensors:
+        if x is not None:
+            return x.device.type
+    return None
