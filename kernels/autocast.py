@@ -14,8 +14,10 @@ _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype where it is enabled for their device, else as they are: what PyTorch does for
     ``linear`` and ``scaled_dot_product_attention``. Differentiable; integers, float64 and None pass through."""
-    device = _device_type(tensors)
-    if device is None or not torch.is_autocast_enabled(device):
+    if not torch._C._is_any_autocast_enabled():  # the usual case first, and quickly
+        return tensors
+    device = next((x.device.type for x in tensors if x is not None), "cpu")
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST else x for x in tensors)
@@ -24,14 +26,6 @@ def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | No
 def to_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The 16-bit tensors in float32 where autocast is enabled on CUDA, else as they are: what PyTorch does for
     ``layer_norm`` and ``rms_norm``, which on CPU it leaves alone. Differentiable; others and None pass through."""
-    device = _device_type(tensors)
-    if device != "cuda" or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled("cuda"):
         return tensors
-    return tuple(x.float() if x is not None and x.dtype in _AUTOCAST else x for x in tensors)
-
-
-def _device_type(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
-    for x in tensors:
-        if x is not None:
-            return x.device.type
-    return None
+    return tuple(x.float() if x is not None and x.is_cuda and x.dtype in _AUTOCAST else x for x in tensors)

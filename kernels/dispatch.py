@@ -34,6 +34,14 @@ class Choice(NamedTuple):
     reason: str
 
 
+# Made once: a choice is made on every call of every op.
+_ON_CUDA = Choice("triton", "on a CUDA device")
+_OFF_CUDA = Choice("reference", "off CUDA, plain PyTorch, which Inductor can fuse")
+_WITHOUT_TRITON = Choice("reference", "triton is not installed")
+_OTHER_DTYPE = Choice("reference", "the Triton kernels take float32, float16 and bfloat16 only")
+_DEMANDED_TRITON = Choice("triton", "demanded by use() or TILEWRIGHT_KERNELS")
+_DEMANDED_REFERENCE = Choice("reference", "demanded by use() or TILEWRIGHT_KERNELS")
+
 _mode = os.environ.get("TILEWRIGHT_KERNELS", "auto")
 
 
@@ -63,30 +71,28 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     Raises:
         ValueError: Triton is demanded where it cannot run, or TILEWRIGHT_KERNELS names no mode.
     """
-    if _mode not in MODES:
-        raise ValueError(f"TILEWRIGHT_KERNELS is {_mode!r} in the environment; it must be one of {', '.join(MODES)}")
-    if _mode == "reference":
-        return Choice("reference", "demanded by use() or TILEWRIGHT_KERNELS")
-    if _mode == "triton":
+    if _mode == "auto":
+        if device.type != "cuda":
+            return _OFF_CUDA
         if not HAS_TRITON:
-            raise ValueError("the Triton kernels are demanded, but triton is not installed: pip install triton")
-        if device.type == "cpu" and not INTERPRETED and not ahead_of_time():
-            raise ValueError(
-                "the Triton kernels are demanded for CPU tensors, which they take only in Triton's interpreter: "
-                "set TRITON_INTERPRET=1 before Python starts, or use('auto')"
-            )
-        if dtype not in TRITON_DTYPES:
-            raise ValueError(
-                f"the Triton kernels take float32, float16 and bfloat16, not {dtype}: convert, or use('reference')"
-            )
-        return Choice("triton", "demanded by use() or TILEWRIGHT_KERNELS")
-    if device.type != "cuda":
-        return Choice("reference", f"on {device.type}, plain PyTorch, which Inductor can fuse")
+            return _WITHOUT_TRITON
+        return _ON_CUDA if dtype in TRITON_DTYPES else _OTHER_DTYPE
+    if _mode == "reference":
+        return _DEMANDED_REFERENCE
+    if _mode != "triton":
+        raise ValueError(f"TILEWRIGHT_KERNELS is {_mode!r} in the environment; it must be one of {', '.join(MODES)}")
     if not HAS_TRITON:
-        return Choice("reference", "triton is not installed")
+        raise ValueError("the Triton kernels are demanded, but triton is not installed: pip install triton")
+    if device.type == "cpu" and not INTERPRETED and not ahead_of_time():
+        raise ValueError(
+            "the Triton kernels are demanded for CPU tensors, which they take only in Triton's interpreter: "
+            "set TRITON_INTERPRET=1 before Python starts, or use('auto')"
+        )
     if dtype not in TRITON_DTYPES:
-        return Choice("reference", f"{dtype} is outside what the Triton kernels take")
-    return Choice("triton", "on a CUDA device")
+        raise ValueError(
+            f"the Triton kernels take float32, float16 and bfloat16, not {dtype}: convert, or use('reference')"
+        )
+    return _DEMANDED_TRITON
 
 
 def runs_triton(x: torch.Tensor) -> bool:

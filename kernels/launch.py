@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -99,17 +100,24 @@ def generation(device: torch.device) -> int:
     """Compute capability × 10 of `device`; 90 for a CPU, where only the interpreter runs kernels."""
     if _generation_override is not None:
         return _generation_override
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-    return 90
+    return _capability(device.index) if device.type == "cuda" else 90
 
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`: the number of programs that a persistent kernel starts."""
     if _generation_override is not None:
         return {80: 108, 90: 132}.get(_generation_override, 132)
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
     # The interpreter runs programs one after another; a few are enough to exercise the split of the work.
-    return 4
+    return _multi_processors(device.index) if device.type == "cuda" else 4
+
+
+# Asked on every launch, and never different: the driver is asked once.
+@lru_cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@lru_cache
+def _multi_processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

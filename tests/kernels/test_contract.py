@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tilewright.kernels import accuracy
+from tilewright.kernels.accuracy import outputs_of
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.opspec import OpSpec, Sample
 from tilewright.kernels.registry import SPECS
@@ -25,8 +27,17 @@ def cases(dtypes: tuple[torch.dtype, ...]) -> list[Any]:
     ]
 
 
-def per_spec() -> Any:
-    return pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def per_spec(specs: tuple[OpSpec, ...] = SPECS) -> Any:
+    return pytest.mark.parametrize("spec", specs, ids=lambda spec: spec.name)
+
+
+# Those with a backward pass; an optimizer's step has none.
+WITH_GRADIENTS = tuple(spec for spec in SPECS if spec.differentiable(next(spec.samples(CPU, torch.float32))))
+
+
+def labelled(spec: OpSpec, label: str, dtype: torch.dtype) -> Sample:
+    torch.manual_seed(0)
+    return next(sample for sample in spec.samples(CPU, dtype) if sample.label == label)
 
 
 def sample_at(spec: OpSpec, index: int, dtype: torch.dtype) -> Sample:
@@ -42,70 +53,23 @@ def small_samples(spec: OpSpec, dtype: torch.dtype) -> Iterator[Sample]:
             yield sample
 
 
-def outputs_of(result: Any) -> list[torch.Tensor]:
-    return list(result) if isinstance(result, tuple) else [result]
-
-
 def run(
     function: Callable[..., Any], spec: OpSpec, sample: Sample, dtype: torch.dtype, upstream: list[torch.Tensor] | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], Tensors]:
-    """Outputs, upstream gradients (drawn where none are given) and the gradient of each differentiable tensor."""
-    names = spec.differentiable(sample)
-    tensors: Tensors = {}
-    for name, x in sample.tensors.items():
-        # detach() keeps the strides; a change of dtype keeps the values.
-        tensors[name] = x.detach().to(sample.dtype_of(name, dtype)) if x.is_floating_point() else x
-        if name in names:
-            tensors[name].requires_grad_()
-    results = outputs_of(function(**tensors, **sample.options))
-    if upstream is None:
-        upstream = [torch.randn(r.shape).to(r.dtype) for r in results]
-    upstream = [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)]
-    gradients = torch.autograd.grad(results, [tensors[name] for name in names], upstream)
-    return [r.detach() for r in results], upstream, dict(zip(names, gradients, strict=True))
-
-
-def assert_close_to_exact(
-    spec: OpSpec, what: str, ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, magnitude: float
-) -> None:
-    """The error against float64 is at most `tolerance` times that of the same-dtype PyTorch reference.
-
-    `magnitude` is the largest number among what is compared together (all outputs, or all gradients): a gradient that
-    cancels to zero is a sum of terms of about that size.
-    """
-    assert ours.shape == exact.shape
-    assert ours.dtype == same.dtype
-    assert not ours.isnan().any(), f"{what} holds NaN"
-    # Where the exact answer is infinite (the log-sum-exp of nothing), so must ours be; subtraction would give NaN.
-    assert torch.equal(ours.isinf(), exact.isinf()), f"{what} is infinite in other places"
-    finite = exact.isfinite()
-    error = largest([(ours.double() - exact)[finite]])
-    reference_error = largest([(same.double() - exact)[finite]])
-    # The reference may be exact by luck on a few elements. A difference of two rounded numbers (in attention's backward
-    # pass, of one token with itself) is off by up to two units in the last place of the larger; that is no fault.
-    luck = 2 * torch.finfo(ours.dtype).eps * magnitude
-    assert error <= spec.tolerance * reference_error + luck, f"{what}: {error:.3g}, reference {reference_error:.3g}"
+    done = accuracy.run(function, spec, sample, dtype, upstream)
+    return done.outputs, done.upstream, done.gradients
 
 
 def check_numbers(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> None:
-    exact, upstream, exact_gradients = run(spec.reference, spec, sample, torch.float64, None)
-    upstream = [g.to(dtype) for g in upstream]
-    exact, _, exact_gradients = run(spec.reference, spec, sample, torch.float64, upstream)
-    same, _, same_gradients = run(spec.reference, spec, sample, dtype, upstream)
-    ours, _, our_gradients = run(spec.function, spec, sample, dtype, upstream)
-    magnitude = largest(exact)
-    for number, triple in enumerate(zip(ours, same, exact, strict=True)):
-        assert_close_to_exact(spec, f"output {number}", *triple, magnitude)
-    magnitude = largest(list(exact_gradients.values()))
-    for name, gradient in our_gradients.items():
-        triple = (gradient, same_gradients[name], exact_gradients[name])
-        assert_close_to_exact(spec, f"gradient of {name}", *triple, magnitude)
-
-
-def largest(tensors: list[torch.Tensor]) -> float:
-    """The largest finite absolute value in `tensors`; 0 where there is none."""
-    finite = [x[x.isfinite()].abs() for x in tensors]
-    return max((x.max().item() for x in finite if x.numel()), default=0.0)
+    for comparison in accuracy.compare(spec, sample, dtype):
+        what, ours, exact = comparison.what, comparison.ours, comparison.exact
+        assert ours.shape == exact.shape
+        assert ours.dtype == comparison.same.dtype
+        assert not ours.isnan().any(), f"{what} holds NaN"
+        # Where the exact answer is infinite (the log-sum-exp of nothing), so must ours be.
+        assert torch.equal(ours.isinf(), exact.isinf()), f"{what} is infinite in other places"
+        error, reference_error = comparison.error, comparison.reference_error
+        assert error <= comparison.allowed(spec.tolerance), f"{what}: {error:.3g}, reference {reference_error:.3g}"
 
 
 @pytest.mark.parametrize(("spec", "index", "dtype"), cases((torch.float32, torch.float16)))
@@ -139,7 +103,7 @@ def strided(gradient: torch.Tensor) -> torch.Tensor:
     return view.copy_(gradient)
 
 
-@per_spec()
+@per_spec(WITH_GRADIENTS)
 def test_upstream_gradients_of_any_stride_give_the_same_gradients(spec: OpSpec) -> None:
     for sample in small_samples(spec, torch.float32):
         outputs, dense, expected = run(spec.function, spec, sample, torch.float32, None)
@@ -171,7 +135,7 @@ def test_inputs_are_left_as_they_were(spec: OpSpec) -> None:
         assert all(torch.equal(before[name], x) for name, x in sample.tensors.items())
 
 
-@per_spec()
+@per_spec(WITH_GRADIENTS)
 def test_a_second_derivative_is_refused_rather_than_wrong(spec: OpSpec) -> None:
     sample = next(small_samples(spec, torch.float32))
     tensors = {name: x.detach().clone() for name, x in sample.tensors.items()}
@@ -187,7 +151,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(spec: OpSpec) -> None:
         second_derivative()
 
 
-@per_spec()
+@per_spec(WITH_GRADIENTS)
 def test_a_backward_pass_run_twice_gives_the_same_gradients(spec: OpSpec) -> None:
     sample = next(small_samples(spec, torch.float32))
     tensors = {name: x.detach().clone() for name, x in sample.tensors.items()}
@@ -245,7 +209,7 @@ def test_compiles_into_one_graph_with_the_same_numbers(spec: OpSpec) -> None:
         torch.testing.assert_close(gradients[name], expected_gradients[name])
 
 
-@per_spec()
+@per_spec(WITH_GRADIENTS)
 def test_selective_checkpointing_keeps_the_ops_result_instead_of_computing_it_again(spec: OpSpec) -> None:
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -288,8 +252,7 @@ def far_apart(x: torch.Tensor, path: Any) -> torch.Tensor:
 
 @per_spec()
 def test_elements_past_two_to_the_31_are_addressed_rightly(spec: OpSpec, tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    sample = next(sample for sample in spec.samples(CPU, torch.float16) if sample.label == "three rows")
+    sample = labelled(spec, "three rows", torch.float16)
     expected, upstream, expected_gradients = run(spec.function, spec, sample, torch.float16, None)
     names = spec.differentiable(sample)
     far = {
@@ -298,7 +261,64 @@ def test_elements_past_two_to_the_31_are_addressed_rightly(spec: OpSpec, tmp_pat
     }
     differentiated = [name for name in names if name in spec.strided]
     got = outputs_of(spec.function(**far, **sample.options))
-    gradients = torch.autograd.grad(got, [far[name] for name in differentiated], upstream)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    if not differentiated:
+        return
+    gradients = torch.autograd.grad(got, [far[name] for name in differentiated], upstream)
     for name, gradient in zip(differentiated, gradients, strict=True):
         assert torch.equal(gradient, expected_gradients[name]), name
+
+
+def with_rows(sample: Sample, count: int) -> dict[str, torch.Tensor]:
+    """The tensors of a sample of three rows, with more of them; what has other than three entries stays as it is."""
+    return {
+        name: torch.cat([x, x[:1].expand(count - 3, *x.shape[1:])]) if x.ndim and x.shape[0] == 3 else x
+        for name, x in sample.tensors.items()
+    }
+
+
+@per_spec()
+def test_compiles_once_for_any_number_of_rows(spec: OpSpec) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    sample = labelled(spec, "three rows", torch.float32)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(spec.function, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []  # one at first, or two: PyTorch begins again where it finds a float to be a constant
+    for count in (11, 13, 17):  # none of them another size of the sample, with which the compiler would tie it
+        larger = Sample(f"{count} rows", with_rows(sample, count), sample.options, sample.float32)
+        expected, upstream, expected_gradients = run(spec.function, spec, larger, torch.float32, None)
+        got, _, gradients = run(compiled, spec, larger, torch.float32, upstream)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        for name in gradients:
+            torch.testing.assert_close(gradients[name], expected_gradients[name])
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1]
+
+
+@per_spec()
+def test_no_rows_give_no_rows(spec: OpSpec) -> None:
+    sample = labelled(spec, "no rows", torch.float32)
+    got, upstream, gradients = run(spec.function, spec, sample, torch.float32, None)
+    expected, _, expected_gradients = run(spec.reference, spec, sample, torch.float32, upstream)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    for name in expected_gradients:
+        assert torch.equal(gradients[name], expected_gradients[name]), name
+
+
+@per_spec(WITH_GRADIENTS)
+def test_torch_func_and_forward_mode_are_refused_by_name(spec: OpSpec) -> None:
+    sample = next(spec.samples(CPU, torch.float32))
+    name = spec.differentiable(sample)[0]
+    others = {other: x for other, x in sample.tensors.items() if other != name}
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return outputs_of(spec.function(**{name: x}, **others, **sample.options))[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"use backward\(\) or torch\.autograd\.grad\(\)"):
+        torch.func.grad(total)(sample.tensors[name])
+    with pytest.raises(RuntimeError, match=r"use backward\(\) or torch\.autograd\.grad\(\)"):
+        torch.func.jvp(total, (sample.tensors[name],), (torch.ones_like(sample.tensors[name]),))
