@@ -9,7 +9,7 @@ CORPUS := data/stdlib
 # Anything of the recipe, as in: make train TRAIN_OVERRIDES="--seed 1 --optimizer.learning_rate 2e-3"
 TRAIN_OVERRIDES ?=
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test lint docs clean
 
 setup: $(VENV)/installed
 
@@ -35,6 +35,10 @@ lint: setup
 	@for folder in kernels model corpus trainer cli; do ln -sfn ../../../$$folder build/typed/tilewright/$$folder; done
 	MYPYPATH=build/typed $(BIN)/mypy -p tilewright
 	$(BIN)/lint-imports
+
+# docs/kernels.md, measured anew: a few minutes on two cores.
+docs: setup
+	$(BIN)/python benchmarks/kernels/accuracy_table.py
 
 # What was installed and built; runs/ and data/ stay, for they may have taken long.
 clean:

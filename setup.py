@@ -6,7 +6,7 @@ The folders stand at the root of the repository and are imported under ``tilewri
 
 from setuptools import setup
 
-FOLDERS = ("kernels", "model", "corpus", "trainer", "cli", "recipes")
+FOLDERS = ("kernels", "kernels.nn", "kernels.huggingface", "model", "corpus", "trainer", "cli", "recipes")
 
 setup(
     name="tilewright",
@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[f"tilewright.{folder}" for folder in FOLDERS],
-    package_dir={f"tilewright.{folder}": folder for folder in FOLDERS},
+    package_dir={f"tilewright.{folder}": folder.replace(".", "/") for folder in FOLDERS},
     package_data={"tilewright.recipes": ["*.yaml"], **{f"tilewright.{folder}": ["py.typed"] for folder in FOLDERS}},
     install_requires=[
         "torch>=2.13",
@@ -37,7 +37,11 @@ setup(
             "mypy>=2.4",
             "import-linter>=2.16",
             "types-PyYAML>=6.0",
+            "transformers>=5.23",
+            "accelerate>=1.15",  # the Trainer of transformers needs it
         ],
+        # To put the kernels into models of transformers: tilewright.kernels.patch and register_attention.
+        "transformers": ["transformers>=5.23"],
     },
     entry_points={"console_scripts": ["tilewright = tilewright.cli.main:main"]},
 )

@@ -94,8 +94,9 @@ def launches_of(spec: OpSpec, dtype: torch.dtype, chip: int) -> list[tuple[str, 
             for name in names:
                 sample.tensors[name].requires_grad_()
             results = spec.function(**sample.tensors, **sample.options)
-            results = results if isinstance(results, tuple) else (results,)
-            upstream = [torch.empty_like(r) for r in results]
-            torch.autograd.grad(results, [sample.tensors[name] for name in names], upstream)
+            results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
+            if names:
+                upstream = [torch.empty_like(r) for r in results]
+                torch.autograd.grad(results, [sample.tensors[name] for name in names], upstream)
         found.extend((sample.label, launch) for launch in launches)
     return found

@@ -6,12 +6,14 @@ raised to float32, elementwise ops are left alone. float64 is never touched.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is enabled for their device, else as they are: what PyTorch does for
     ``linear`` and ``scaled_dot_product_attention``. Differentiable; integers, float64 and None pass through."""
     if not torch._C._is_any_autocast_enabled():  # the usual case first, and quickly
@@ -23,7 +25,7 @@ def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | No
     return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST else x for x in tensors)
 
 
-def to_float32(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def to_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The 16-bit tensors in float32 where autocast is enabled on CUDA, else as they are: what PyTorch does for
     ``layer_norm`` and ``rms_norm``, which on CPU it leaves alone. Differentiable; others and None pass through."""
     if not torch.is_autocast_enabled("cuda"):

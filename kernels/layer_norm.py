@@ -13,9 +13,9 @@ A gradient of s is added to dx, which then is the gradient of both x and residua
 Shapes: x (…, width), any strides; weight and bias (width,). Dtypes: float32, float16, bfloat16 (float64 in the
 reference). All arithmetic is float32. The variance is the mean of squared deviations from a mean computed before,
 never E[x²] − E[x]², which loses every digit where the mean is large against the deviations. A row too wide for
-registers takes Welford's running update instead (1962), one running mean in each lane, combined at the end by the rule
-of Chan, Golub and LeVeque (1979). dweight and dbias are summed in float32, first per program over its rows, then over
-the programs in a fixed order, so that two runs agree to the bit.
+registers is cut into blocks, each with a mean of its own, combined by the rule of Chan, Golub and LeVeque (1979).
+dweight and dbias are summed in float32, first per program over its rows, then over the programs in a fixed order, so
+that two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.autocast import to_float32
 from tilewright.kernels.checks import check_float, check_same, check_shape
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
-from tilewright.kernels.launch import Configuration, LaunchTable, processors
+from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.opspec import OpSpec, Sample
-from tilewright.kernels.rows import accumulation_dtype, as_rows
+from tilewright.kernels.rows import accumulation_dtype, as_rows, divide, row_stride, sum_over_programs
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
+
+    from tilewright.kernels.rows import load_block, load_parts, load_sum, store_block, store_part
 
 
 def layer_norm(
@@ -59,11 +62,14 @@ def layer_norm(
         y like `x`, or with a residual (y, x + residual).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit, or eps is negative; the message names the argument.
     """
+    x, weight, bias, residual = to_float32(x, weight, bias, residual)
     check_float("layer_norm", x=x, weight=weight, bias=bias)
-    if x.ndim == 0:
-        raise ValueError("layer_norm: x has no dimension; it must be (…, width)")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}; it must be (…, width) with a width of at least 1")
+    if not eps >= 0:
+        raise ValueError(f"layer_norm: eps is {eps}; it must be at least 0")
     check_shape("layer_norm", "residual", residual, x.shape, "the shape of x")
     check_same("layer_norm", "x", x, residual=residual)
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -94,32 +100,91 @@ def reference(
     return y if residual is None else (y, summed)
 
 
-# A row that fits one block is read once. Wider rows are read twice, in blocks of columns.
-_WHOLE_ROW = LaunchTable(
+# A row up to BLOCK_COLUMNS wide is read once. A wider one is read twice, a block of columns to a program. The backward
+# pass holds two rows and the sums of the weights' gradients, so its whole rows end at half the forward pass's.
+_FORWARD = LaunchTable(
     {
         80: (
-            Configuration(128, 4, {"BLOCK_ROWS": 16}),
-            Configuration(512, 4, {"BLOCK_ROWS": 4}),
-            Configuration(1024, 4, {"BLOCK_ROWS": 2}),
-            Configuration(2048, 4, {"BLOCK_ROWS": 1}),
-            Configuration(4096, 8, {"BLOCK_ROWS": 1}),
-            Configuration(8192, 16, {"BLOCK_ROWS": 1}),
+            Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
+            Configuration(16384, 16, {"BLOCK_COLUMNS": 16384, "BLOCK_ELEMENTS": 16384, "PROGRAMS": 1}, num_stages=2),
+            Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
         )
     }
 )
-_WIDE_ROW = LaunchTable({80: (Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096}),)})
-# Programs a processor: enough loads in flight to hide memory latency.
-_PROGRAMS_PER_PROCESSOR = 4
+_BACKWARD = LaunchTable(
+    {
+        80: (
+            Configuration(4096, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 4096, "PROGRAMS": 1}, num_stages=3),
+            Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
+            Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
+        )
+    }
+)
 
 
 if HAS_TRITON:
 
     @triton.jit
+    def _block_moments(x, in_width, count, SINGLE: tl.constexpr):
+        """The deviations from each row's mean over its block, that mean, and the sum of the squared deviations."""
+        mean = tl.sum(x, axis=1) / count
+        # The padding columns hold 0, which is not their row's mean.
+        deviations = tl.where(in_width[None, :], x - mean[:, None], 0.0)
+        if SINGLE:
+            # A sum of large float32 numbers has lost digits of the mean; the deviations still have them.
+            lost = tl.sum(deviations, axis=1) / count
+            mean += lost
+            # From the deviations, not from x: the mean itself, rounded, has no room for those digits.
+            deviations = tl.where(in_width[None, :], deviations - lost[:, None], 0.0)
+        return deviations, mean, tl.sum(deviations * deviations, axis=1)
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _moments(
+        x_ptr,
+        residual_ptr,
+        summed_ptr,
+        means_ptr,
+        squares_ptr,
+        x_stride,
+        residual_stride,
+        rows,
+        width,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """For each row and block of columns: the mean, and the sum of squared deviations from it. And x + residual."""
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        count = tl.minimum(width - start, BLOCK_COLUMNS)
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
+            # int64: rows × stride may pass 2³¹
+            row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_sum(
+                x_ptr,
+                residual_ptr,
+                summed_ptr,
+                row * x_stride + start,
+                row * residual_stride + start,
+                row * width + start,
+                columns,
+                mask,
+            )
+            _, mean, squares = _block_moments(x, in_width, count, x_ptr.dtype.element_ty == tl.float32)
+            store_part(means_ptr, row, in_rows, mean)
+            store_part(squares_ptr, row, in_rows, squares)
+
+    @triton.jit(do_not_specialize=["rows"])
     def _forward(
         x_ptr,
         weight_ptr,
         bias_ptr,
         residual_ptr,
+        means_ptr,
+        squares_ptr,
         y_ptr,
         summed_ptr,
         mean_ptr,
@@ -129,105 +194,95 @@ if HAS_TRITON:
         rows,
         width,
         eps,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
-        BLOCK_WIDTH: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+        PARTS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
-        columns = tl.arange(0, BLOCK_WIDTH)
-        in_width = columns < width
-        if HAS_WEIGHT:  # read once a program
-            scale = tl.load(weight_ptr + columns, mask=in_width, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            shift = tl.load(bias_ptr + columns, mask=in_width, other=0.0).to(tl.float32)
-        for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-            # int64: rows × stride may pass 2³¹
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        if weight_ptr is not None:  # read once a program
+            scale = tl.load(weight_ptr + start + columns, mask=in_width, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            shift = tl.load(bias_ptr + start + columns, mask=in_width, other=0.0).to(tl.float32)
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
             row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-            mask = (row < rows)[:, None] & in_width[None, :]  # [BLOCK_ROWS, BLOCK_WIDTH]
-            x = tl.load(x_ptr + row[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL:
-                r = tl.load(residual_ptr + row[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0)
-                # Rounded to the stored dtype first: the norm is taken of what is returned.
-                s = (x + r.to(tl.float32)).to(summed_ptr.dtype.element_ty)
-                tl.store(summed_ptr + row[:, None] * width + columns[None, :], s, mask=mask)
-                x = s.to(tl.float32)
-            mean = tl.sum(x, axis=1) / width  # [BLOCK_ROWS]
-            # The padding columns hold 0, which is not their row's mean.
-            centred = tl.where(in_width[None, :], x - mean[:, None], 0.0)
-            if x_ptr.dtype.element_ty == tl.float32:
-                # A sum of large numbers has lost digits of the mean; the deviations still have them. 16-bit x has not.
-                mean += tl.sum(centred, axis=1) / width
-                centred = tl.where(in_width[None, :], x - mean[:, None], 0.0)
-            rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
-            y = centred * rstd[:, None]
-            if HAS_WEIGHT:
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_sum(
+                x_ptr,
+                residual_ptr,
+                summed_ptr,
+                row * x_stride + start,
+                row * residual_stride + start,
+                row * width + start,
+                columns,
+                mask,
+            )
+            if means_ptr is None:  # the block holds the whole row
+                single = x_ptr.dtype.element_ty == tl.float32
+                deviations, mean, squares = _block_moments(x, in_width, width, single)
+            else:
+                # Chan, Golub and LeVeque: each block deviates from its own mean; the spread of these is added.
+                counts = tl.minimum(tl.maximum(width - tl.arange(0, PARTS) * BLOCK_COLUMNS, 0), BLOCK_COLUMNS)[None, :]
+                means = load_parts(means_ptr, row, in_rows, PARTS)
+                mean = tl.sum(means * counts, axis=1) / width
+                mean += tl.sum((means - mean[:, None]) * counts, axis=1) / width  # digits lost among large numbers
+                spread = means - mean[:, None]
+                squares = load_parts(squares_ptr, row, in_rows, PARTS) + spread * spread * counts
+                squares = tl.sum(squares, axis=1)
+                deviations = x - mean[:, None]
+            rstd = tl.rsqrt(squares / width + eps)
+            y = deviations * rstd[:, None]
+            if weight_ptr is not None:
                 y = y * scale[None, :]
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 y = y + shift[None, :]
-            tl.store(y_ptr + row[:, None] * width + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-            tl.store(mean_ptr + row, mean, mask=row < rows)
-            tl.store(rstd_ptr + row, rstd, mask=row < rows)
+            store_block(y_ptr, row * width + start, columns, y, mask)
+            mine = row < tl.where(start == 0, rows, 0)  # the first column block's program writes the statistics
+            tl.store(mean_ptr + row, mean, mask=mine)
+            tl.store(rstd_ptr + row, rstd, mask=mine)
 
-    @triton.jit
-    def _forward_wide(
+    @triton.jit(do_not_specialize=["rows"])
+    def _projections(
+        dy_ptr,
         x_ptr,
         weight_ptr,
-        bias_ptr,
-        residual_ptr,
-        y_ptr,
-        summed_ptr,
         mean_ptr,
         rstd_ptr,
+        values_ptr,
+        projections_ptr,
+        dy_stride,
         x_stride,
-        residual_stride,
+        rows,
         width,
-        eps,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
         BLOCK_COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
-        row = tl.program_id(0).to(tl.int64)
-        # Welford: each lane keeps the mean and the sum of squared deviations of the columns that it has seen.
-        means = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        squares = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        counts = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL:
-                r = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
-                s = (x + r).to(summed_ptr.dtype.element_ty)
-                tl.store(summed_ptr + row * width + columns, s, mask=mask)
-                x = s.to(tl.float32)
-            deviation = tl.where(mask, x - means, 0.0)
-            means += deviation / (start // BLOCK_COLUMNS + 1)
-            squares += tl.where(mask, deviation * (x - means), 0.0)
-            counts += mask.to(tl.float32)
-        # Chan, Golub and LeVeque: the lanes' deviations are from their own means, so the spread of these is added.
-        mean = tl.sum(means * counts, axis=0) / width
-        mean += tl.sum(counts * (means - mean), axis=0) / width  # the digits that a sum of large numbers has lost
-        spread = means - mean
-        rstd = tl.rsqrt(tl.sum(squares + counts * spread * spread, axis=0) / width + eps)
-        tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            if HAS_RESIDUAL:
-                x = tl.load(summed_ptr + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-            else:
-                x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            y = (x - mean) * rstd
-            if HAS_WEIGHT:
-                y = y * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                y = y + tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+        """The parts of each row's Σ v and Σ v · x̂."""
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        if weight_ptr is not None:
+            scale = tl.load(weight_ptr + start + columns, mask=in_width, other=0.0).to(tl.float32)
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
+            row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_block(x_ptr, row * x_stride + start, columns, mask)
+            v = load_block(dy_ptr, row * dy_stride + start, columns, mask)
+            mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
+            if weight_ptr is not None:
+                v = v * scale[None, :]
+            # No mask on the padding columns: v is 0 there.
+            normed = (x - mean[:, None]) * rstd[:, None]
+            store_part(values_ptr, row, in_rows, tl.sum(v, axis=1))
+            store_part(projections_ptr, row, in_rows, tl.sum(v * normed, axis=1))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"])
     def _backward(
         dy_ptr,
         dsummed_ptr,
@@ -235,146 +290,60 @@ if HAS_TRITON:
         weight_ptr,
         mean_ptr,
         rstd_ptr,
+        values_ptr,
+        projections_ptr,
         dx_ptr,
         dweight_ptr,
         dbias_ptr,
         dy_stride,
         dsummed_stride,
         x_stride,
+        sums_stride,
         rows,
         width,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_DSUMMED: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
-        BLOCK_WIDTH: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+        PARTS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
-        columns = tl.arange(0, BLOCK_WIDTH)
-        in_width = columns < width
-        if HAS_WEIGHT:
-            scale = tl.load(weight_ptr + columns, mask=in_width, other=0.0).to(tl.float32)
-            dweight = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-        if HAS_BIAS:
-            dbias = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-        for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        if weight_ptr is not None:
+            scale = tl.load(weight_ptr + start + columns, mask=in_width, other=0.0).to(tl.float32)
+            dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        if dbias_ptr is not None:
+            dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
             row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-            mask = (row < rows)[:, None] & in_width[None, :]  # [BLOCK_ROWS, BLOCK_WIDTH]
-            x = tl.load(x_ptr + row[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + row[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-            # No mask on the padding columns: dy is 0 there, and with it every product that is summed.
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_block(x_ptr, row * x_stride + start, columns, mask)
+            v = load_block(dy_ptr, row * dy_stride + start, columns, mask)
+            mean = tl.load(mean_ptr + row, mask=in_rows, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
+            # No mask on the padding columns: v is 0 there, and with it every product that is summed.
             normed = (x - mean[:, None]) * rstd[:, None]
-            v = dy
-            if HAS_WEIGHT:
-                dweight += dy * normed
-                v = dy * scale[None, :]
-            if HAS_BIAS:
-                dbias += dy
-            projection = tl.sum(v * normed, axis=1) / width  # [BLOCK_ROWS]
-            dx = rstd[:, None] * (v - (tl.sum(v, axis=1) / width)[:, None] - normed * projection[:, None])
-            if HAS_DSUMMED:
-                ds = tl.load(dsummed_ptr + row[:, None] * dsummed_stride + columns[None, :], mask=mask, other=0.0)
-                dx += ds.to(tl.float32)
-            tl.store(dx_ptr + row[:, None] * width + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        partial = tl.program_id(0).to(tl.int64) * width + columns
-        if HAS_WEIGHT:
-            tl.store(dweight_ptr + partial, tl.sum(dweight, axis=0), mask=in_width)
-        if HAS_BIAS:
-            tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=in_width)
-
-    @triton.jit
-    def _backward_input_wide(
-        dy_ptr,
-        dsummed_ptr,
-        x_ptr,
-        weight_ptr,
-        mean_ptr,
-        rstd_ptr,
-        dx_ptr,
-        dy_stride,
-        dsummed_stride,
-        x_stride,
-        width,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_DSUMMED: tl.constexpr,
-        BLOCK_COLUMNS: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        mean = tl.load(mean_ptr + row)
-        rstd = tl.load(rstd_ptr + row)
-        values = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        projections = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                v = v * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-            values += v
-            projections += v * (x - mean) * rstd
-        value = tl.sum(values, axis=0) / width
-        projection = tl.sum(projections, axis=0) / width
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                v = v * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-            dx = rstd * (v - value - (x - mean) * rstd * projection)
-            if HAS_DSUMMED:
-                dx += tl.load(dsummed_ptr + row * dsummed_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _backward_weight_wide(
-        dy_ptr,
-        x_ptr,
-        mean_ptr,
-        rstd_ptr,
-        dweight_ptr,
-        dbias_ptr,
-        dy_stride,
-        x_stride,
-        rows,
-        width,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        BLOCK_COLUMNS: tl.constexpr,
-    ):
-        columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        mask = columns < width
-        dweight = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        dbias = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for r in range(tl.program_id(0), rows, tl.num_programs(0)):
-            row = tl.cast(r, tl.int64)
-            dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-                dweight += dy * (x - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row)
-            if HAS_BIAS:
-                dbias += dy
-        partial = tl.program_id(0).to(tl.int64) * width + columns
-        if HAS_WEIGHT:
-            tl.store(dweight_ptr + partial, dweight, mask=mask)
-        if HAS_BIAS:
-            tl.store(dbias_ptr + partial, dbias, mask=mask)
-
-
-def _whole_row_launch(width: int, rows: int, device: torch.device) -> tuple[int, dict[str, int]]:
-    """Programs and constexprs of a launch in which each row fits one block."""
-    configuration = _WHOLE_ROW.pick(width, device)
-    block_rows = configuration.blocks["BLOCK_ROWS"]
-    programs = min(triton.cdiv(rows, block_rows), _PROGRAMS_PER_PROCESSOR * processors(device))
-    constants = {"BLOCK_ROWS": block_rows, "BLOCK_WIDTH": triton.next_power_of_2(width)}
-    return programs, {**constants, "num_warps": configuration.num_warps}
-
-
-def _wide_row_launch(width: int, device: torch.device) -> dict[str, int]:
-    configuration = _WIDE_ROW.pick(width, device)
-    return {"BLOCK_COLUMNS": configuration.blocks["BLOCK_COLUMNS"], "num_warps": configuration.num_warps}
+            if dbias_ptr is not None:
+                dbias += v
+            if weight_ptr is not None:
+                dweight += v * normed
+                v = v * scale[None, :]
+            if values_ptr is None:  # the block holds the whole row
+                value = tl.sum(v, axis=1)  # [BLOCK_ROWS]
+                projection = tl.sum(v * normed, axis=1)
+            else:
+                value = tl.sum(load_parts(values_ptr, row, in_rows, PARTS), axis=1)
+                projection = tl.sum(load_parts(projections_ptr, row, in_rows, PARTS), axis=1)
+            dx = rstd[:, None] * (v - (value / width)[:, None] - normed * (projection / width)[:, None])
+            if dsummed_ptr is not None:
+                dx += load_block(dsummed_ptr, row * dsummed_stride + start, columns, mask)
+            store_block(dx_ptr, row * width + start, columns, dx, mask)
+        sums = tl.program_id(0).to(tl.int64) * sums_stride + start
+        if weight_ptr is not None:
+            tl.store(dweight_ptr + sums + columns, tl.sum(dweight, axis=0), mask=start + columns < sums_stride)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + sums + columns, tl.sum(dbias, axis=0), mask=start + columns < sums_stride)
 
 
 def _launch_forward(
@@ -387,24 +356,30 @@ def _launch_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = torch.empty_like(y) if residual is not None else x.new_empty(0)
     width = x.shape[-1]
-    rows = x.numel() // width if width else 0
+    rows = x.numel() // width
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows == 0:
         return y, summed, mean, rstd
     x_rows = as_rows(x)
-    residual_rows = as_rows(residual) if residual is not None else x_rows
-    scale = weight.contiguous() if weight is not None else x_rows
-    shift = bias.contiguous() if bias is not None else x_rows
-    flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
-    pointers = (x_rows, scale, shift, residual_rows, y, summed, mean, rstd)
-    strides = (x_rows.stride(0), residual_rows.stride(0))
-    if width <= _WHOLE_ROW.largest():
-        programs, constants = _whole_row_launch(width, rows, x.device)
-        _forward[(programs,)](*pointers, *strides, rows, width, eps, **flags, **constants)
-    else:
-        constants = _wide_row_launch(width, x.device)
-        _forward_wide[(rows,)](*pointers, *strides, width, eps, **flags, **constants)
+    residual_rows = as_rows(residual) if residual is not None else None
+    weight = weight.contiguous() if weight is not None else None
+    bias = bias.contiguous() if bias is not None else None
+    division = divide(rows, width, _FORWARD, x.device)
+    means = squares = None
+    if division.column_blocks > 1:
+        means, squares = division.parts(rows, x.device), division.parts(rows, x.device)
+        _moments[division.grid](
+            x_rows, residual_rows, summed, means, squares,
+            x_rows.stride(0), row_stride(residual_rows), rows, width, **division.options,
+        )  # fmt: skip
+        if residual is not None:
+            x_rows, residual_rows = summed.view(rows, width), None
+    _forward[division.grid](
+        x_rows, weight, bias, residual_rows, means, squares, y, summed, mean, rstd,
+        x_rows.stride(0), row_stride(residual_rows), rows, width, eps,
+        PARTS=division.padded_parts, **division.options,
+    )  # fmt: skip
     return y, summed, mean, rstd
 
 
@@ -421,44 +396,35 @@ def _launch_backward(
     width = x.shape[-1]
     rows = rstd.numel()
     if rows == 0:
-        return dx, _summed(x.new_zeros(0, width), weight), _summed(x.new_zeros(0, width), bias)
-    x_rows, dy_rows = as_rows(x), as_rows(dy)
-    dsummed_rows = as_rows(dsummed) if dsummed is not None else dy_rows
-    scale = weight.contiguous() if weight is not None else x_rows
-    parameters = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    inputs = (dy_rows, dsummed_rows, x_rows, scale, mean, rstd)
-    strides = (dy_rows.stride(0), dsummed_rows.stride(0), x_rows.stride(0))
-
-    def partials(parameter: torch.Tensor | None, programs: int) -> torch.Tensor:
-        return torch.empty(programs if parameter is not None else 0, width, dtype=torch.float32, device=x.device)
-
-    if width <= _WHOLE_ROW.largest():
-        programs, constants = _whole_row_launch(width, rows, x.device)
-        dweight, dbias = partials(weight, programs), partials(bias, programs)
-        _backward[(programs,)](
-            *inputs, dx, dweight, dbias, *strides, rows, width,
-            HAS_DSUMMED=dsummed is not None, **parameters, **constants,
+        return dx, _zeros_like(weight, x), _zeros_like(bias, x)
+    dy_rows, x_rows = as_rows(dy), as_rows(x)
+    dsummed_rows = as_rows(dsummed) if dsummed is not None else None
+    scale = weight.contiguous() if weight is not None else None
+    division = divide(rows, width, _BACKWARD, x.device)
+    values = projections = None
+    if division.column_blocks > 1:
+        values, projections = division.parts(rows, x.device), division.parts(rows, x.device)
+        _projections[division.grid](
+            dy_rows, x_rows, scale, mean, rstd, values, projections,
+            dy_rows.stride(0), x_rows.stride(0), rows, width, **division.options,
         )  # fmt: skip
-    else:
-        constants = _wide_row_launch(width, x.device)
-        _backward_input_wide[(rows,)](
-            *inputs, dx, *strides, width,
-            HAS_WEIGHT=weight is not None, HAS_DSUMMED=dsummed is not None, **constants,
-        )  # fmt: skip
-        column_blocks = triton.cdiv(width, constants["BLOCK_COLUMNS"])
-        programs = min(rows, triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors(x.device), column_blocks))
-        dweight, dbias = partials(weight, programs), partials(bias, programs)
-        if weight is not None or bias is not None:
-            _backward_weight_wide[(programs, column_blocks)](
-                dy_rows, x_rows, mean, rstd, dweight, dbias, dy_rows.stride(0), x_rows.stride(0), rows, width,
-                **parameters, **constants,
-            )  # fmt: skip
-    return dx, _summed(dweight, weight), _summed(dbias, bias)
+    dweight = division.sums(x.device) if weight is not None else None
+    dbias = division.sums(x.device) if bias is not None else None
+    _backward[division.grid](
+        dy_rows, dsummed_rows, x_rows, scale, mean, rstd, values, projections, dx, dweight, dbias,
+        dy_rows.stride(0), row_stride(dsummed_rows), x_rows.stride(0), division.sums_stride, rows, width,
+        PARTS=division.padded_parts, **division.options,
+    )  # fmt: skip
+    return (
+        dx,
+        sum_over_programs(dweight, weight) if weight is not None else x.new_empty(0),
+        sum_over_programs(dbias, bias) if bias is not None else x.new_empty(0),
+    )
 
 
-def _summed(partials: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor:
-    """The gradient of `parameter` from the programs' float32 sums; empty where there is no parameter."""
-    return partials.sum(0).to(parameter.dtype) if parameter is not None else partials.new_empty(0)
+def _zeros_like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of `parameter` where `x` has no rows; empty where there is no parameter."""
+    return torch.zeros_like(parameter) if parameter is not None else x.new_empty(0)
 
 
 def _fake_forward(
@@ -470,7 +436,7 @@ def _fake_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y = x.new_empty(x.shape)
     summed = x.new_empty(x.shape) if residual is not None else x.new_empty(0)
-    mean = x.new_empty(x.numel() // x.shape[-1] if x.shape[-1] else 0, dtype=torch.float32)
+    mean = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return y, summed, mean, torch.empty_like(mean)
 
 
@@ -529,6 +495,9 @@ differentiate(_forward_op, _gradients, _setup_context)
 refuse_double_backward(_backward_op)
 
 
+_FLOAT32 = frozenset({"weight", "bias"})
+
+
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -536,26 +505,29 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     def affine(x: torch.Tensor, **others: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"x": x, "weight": normal(x.shape[-1]), "bias": normal(x.shape[-1]), **others}
 
-    for rows, width in ((1, 1), (7, 127), (3, 1000), (2, 4097), (2, 8200), (40, 7)):
+    for rows, width in ((1, 1), (7, 127), (3, 1000), (2, 4097), (40, 7)):
         yield Sample(f"{rows}x{width}", affine(normal(rows, width)))
     # A mean of 1000 standard deviations, where E[x²] − E[x]² would be nothing but rounding errors.
     for width in (1000, 9001):
         yield Sample(f"large mean, width {width}", affine((1000 + torch.randn(2, width, device=device)).to(dtype)))
-    yield Sample("no weight, no bias", {"x": normal(3, 5, 64)})
-    yield Sample("no bias", {"x": normal(5, 64), "weight": normal(64)}, {"eps": 1e-3})
-    yield Sample("no weight", {"x": normal(5, 64), "bias": normal(64)})
-    yield Sample("no bias, wide", {"x": normal(2, 8200), "weight": normal(8200)})
-    for width in (96, 8193):
-        tensors = affine(normal(2, 3, width), residual=normal(2, 3, width))
-        yield Sample(f"residual, width {width}", tensors)
+    for shape in ((3, 5, 64), (1, 4112)):
+        width = shape[-1]
+        yield Sample(f"no weight, no bias, width {width}", {"x": normal(*shape)})
+        yield Sample(f"no bias, width {width}", {"x": normal(*shape), "weight": normal(width)}, {"eps": 1e-3})
+        yield Sample(f"no weight, width {width}", {"x": normal(*shape), "bias": normal(width)})
+    yield Sample("float32 weight and bias", affine(normal(5, 64)), float32=_FLOAT32)
+    for shape in ((2, 3, 96), (2, 1, 8193), (2, 16400)):
+        yield Sample(f"residual, width {shape[-1]}", affine(normal(*shape), residual=normal(*shape)))
+    yield Sample("residual, no weight, no bias", {"x": normal(5, 48), "residual": normal(5, 48)})
     yield Sample("three rows", affine(normal(3, 40), residual=normal(3, 40)))
-    yield Sample("transposed", affine(normal(300, 9).t()))
-    yield Sample("row stride", affine(normal(9, 400)[:, :300]))
-    yield Sample("expanded", affine(normal(1, 300).expand(9, 300)))
+    yield Sample("no rows", affine(normal(0, 40), residual=normal(0, 40)))
+    yield Sample("transposed", affine(normal(32, 6).t()))
+    yield Sample("row stride", {"x": normal(9, 80)[:, :48], "weight": normal(96)[::2], "bias": normal(1).expand(48)})
+    yield Sample("expanded", affine(normal(1, 48).expand(9, 48)))
 
 
 def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for width in (768, 2048, 4096, 8192, 16384):
+    for width in (768, 2048, 4096, 8191, 8192, 16384, 65536):
         x = torch.empty(4096, width, dtype=dtype)
         tensors = {"x": x, "weight": x.new_empty(width), "bias": x.new_empty(width)}
         yield Sample(f"4096x{width}", tensors)
@@ -571,5 +543,5 @@ SPEC = OpSpec(
     flops=lambda sample: 7 * sample.tensors["x"].numel(),
     compulsory_bytes=lambda sample: 2 * sample.nbytes("x", "residual") + sample.nbytes("weight", "bias"),
     strided=("x", "residual"),
-    tables={"whole row": _WHOLE_ROW, "wide row": _WIDE_ROW},
+    tables={"forward": _FORWARD, "backward": _BACKWARD},
 )

@@ -22,16 +22,19 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.autocast import to_float32
 from tilewright.kernels.checks import check_float, check_same, check_shape
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
-from tilewright.kernels.launch import Configuration, LaunchTable, processors
+from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.opspec import OpSpec, Sample
-from tilewright.kernels.rows import accumulation_dtype, as_rows
+from tilewright.kernels.rows import accumulation_dtype, as_rows, divide, row_stride, sum_over_programs
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
+
+    from tilewright.kernels.rows import load_block, load_parts, load_sum, store_block, store_part
 
 
 def rms_norm(
@@ -55,11 +58,14 @@ def rms_norm(
         y like `x`, or with a residual (y, x + residual).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit, or eps is negative; the message names the argument.
     """
+    x, weight, residual = to_float32(x, weight, residual)
     check_float("rms_norm", x=x, weight=weight)
-    if x.ndim == 0:
-        raise ValueError("rms_norm: x has no dimension; it must be (…, width)")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; it must be (…, width) with a width of at least 1")
+    if not eps >= 0:
+        raise ValueError(f"rms_norm: eps is {eps}; it must be at least 0")
     check_shape("rms_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
     check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
     check_same("rms_norm", "x", x, residual=residual)
@@ -88,29 +94,71 @@ def reference(
     return y if residual is None else (y, summed)
 
 
-# A row that fits one block is read once. Wider rows are read twice forward, in blocks of columns.
-_WHOLE_ROW = LaunchTable(
+# A row up to BLOCK_COLUMNS wide is read once. A wider one is read twice, a block of columns to a program. The backward
+# pass holds two rows and the sums of the weights' gradients, so its whole rows end at half the forward pass's.
+_FORWARD = LaunchTable(
     {
         80: (
-            Configuration(512, 4, {"BLOCK_ROWS": 8}),
-            Configuration(2048, 4, {"BLOCK_ROWS": 2}),
-            Configuration(4096, 8, {"BLOCK_ROWS": 1}),
-            Configuration(8192, 16, {"BLOCK_ROWS": 1}),
+            Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
+            Configuration(16384, 16, {"BLOCK_COLUMNS": 16384, "BLOCK_ELEMENTS": 16384, "PROGRAMS": 1}, num_stages=2),
+            Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
         )
     }
 )
-_WIDE_ROW = LaunchTable({80: (Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096}),)})
-# Programs a processor: enough loads in flight to hide memory latency.
-_PROGRAMS_PER_PROCESSOR = 4
+_BACKWARD = LaunchTable(
+    {
+        80: (
+            Configuration(4096, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 4096, "PROGRAMS": 1}, num_stages=3),
+            Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
+            Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
+        )
+    }
+)
 
 
 if HAS_TRITON:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"])
+    def _squares(
+        x_ptr,
+        residual_ptr,
+        summed_ptr,
+        squares_ptr,
+        x_stride,
+        residual_stride,
+        rows,
+        width,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """The parts of each row's sum of squares, and x + residual."""
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
+            # int64: rows × stride may pass 2³¹
+            row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_sum(
+                x_ptr,
+                residual_ptr,
+                summed_ptr,
+                row * x_stride + start,
+                row * residual_stride + start,
+                row * width + start,
+                columns,
+                mask,
+            )
+            store_part(squares_ptr, row, in_rows, tl.sum(x * x, axis=1))
+
+    @triton.jit(do_not_specialize=["rows"])
     def _forward(
         x_ptr,
         weight_ptr,
         residual_ptr,
+        squares_ptr,
         y_ptr,
         summed_ptr,
         rstd_ptr,
@@ -120,196 +168,124 @@ if HAS_TRITON:
         width,
         eps,
         weight_offset,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
-        BLOCK_WIDTH: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+        PARTS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
-        columns = tl.arange(0, BLOCK_WIDTH)
-        in_width = columns < width
-        if HAS_WEIGHT:  # read once a program
-            scale = tl.load(weight_ptr + columns, mask=in_width, other=0.0).to(tl.float32) + weight_offset
-        for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-            # int64: rows × stride may pass 2³¹
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        if weight_ptr is not None:  # read once a program
+            scale = tl.load(weight_ptr + start + columns, mask=in_width, other=0.0).to(tl.float32) + weight_offset
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
             row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-            mask = (row < rows)[:, None] & in_width[None, :]  # [BLOCK_ROWS, BLOCK_WIDTH]
-            x = tl.load(x_ptr + row[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL:
-                r = tl.load(residual_ptr + row[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0)
-                # Rounded to the stored dtype first: the norm is taken of what is returned.
-                s = (x + r.to(tl.float32)).to(summed_ptr.dtype.element_ty)
-                tl.store(summed_ptr + row[:, None] * width + columns[None, :], s, mask=mask)
-                x = s.to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)  # [BLOCK_ROWS]
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_sum(
+                x_ptr,
+                residual_ptr,
+                summed_ptr,
+                row * x_stride + start,
+                row * residual_stride + start,
+                row * width + start,
+                columns,
+                mask,
+            )
+            if squares_ptr is None:  # the block holds the whole row
+                squares = tl.sum(x * x, axis=1)  # [BLOCK_ROWS]
+            else:
+                squares = tl.sum(load_parts(squares_ptr, row, in_rows, PARTS), axis=1)
+            rstd = tl.rsqrt(squares / width + eps)
             y = x * rstd[:, None]
-            if HAS_WEIGHT:
+            if weight_ptr is not None:
                 y = y * scale[None, :]
-            tl.store(y_ptr + row[:, None] * width + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-            tl.store(rstd_ptr + row, rstd, mask=row < rows)
+            store_block(y_ptr, row * width + start, columns, y, mask)
+            tl.store(rstd_ptr + row, rstd, mask=row < tl.where(start == 0, rows, 0))
 
-    @triton.jit
-    def _forward_wide(
+    @triton.jit(do_not_specialize=["rows"])
+    def _projections(
+        dy_ptr,
         x_ptr,
         weight_ptr,
-        residual_ptr,
-        y_ptr,
-        summed_ptr,
         rstd_ptr,
+        projections_ptr,
+        dy_stride,
         x_stride,
-        residual_stride,
+        rows,
         width,
-        eps,
         weight_offset,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
         BLOCK_COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
-        row = tl.program_id(0).to(tl.int64)
-        squares = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL:
-                r = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
-                s = (x + r).to(summed_ptr.dtype.element_ty)
-                tl.store(summed_ptr + row * width + columns, s, mask=mask)
-                x = s.to(tl.float32)
-            squares += x * x
-        rstd = tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
-        tl.store(rstd_ptr + row, rstd)
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            if HAS_RESIDUAL:
-                x = tl.load(summed_ptr + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-            else:
-                x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            y = x * rstd
-            if HAS_WEIGHT:
-                y = y * (tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32) + weight_offset)
-            tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+        """The parts of each row's Σ v · x̂."""
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        if weight_ptr is not None:
+            scale = tl.load(weight_ptr + start + columns, mask=in_width, other=0.0).to(tl.float32) + weight_offset
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
+            row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_block(x_ptr, row * x_stride + start, columns, mask)
+            v = load_block(dy_ptr, row * dy_stride + start, columns, mask)
+            rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
+            if weight_ptr is not None:
+                v = v * scale[None, :]
+            store_part(projections_ptr, row, in_rows, tl.sum(v * x * rstd[:, None], axis=1))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"])
     def _backward(
         dy_ptr,
         dsummed_ptr,
         x_ptr,
         weight_ptr,
         rstd_ptr,
+        projections_ptr,
         dx_ptr,
         dweight_ptr,
         dy_stride,
         dsummed_stride,
         x_stride,
+        sums_stride,
         rows,
         width,
         weight_offset,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_DSUMMED: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
-        BLOCK_WIDTH: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+        PARTS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
-        columns = tl.arange(0, BLOCK_WIDTH)
-        in_width = columns < width
-        if HAS_WEIGHT:
-            scale = tl.load(weight_ptr + columns, mask=in_width, other=0.0).to(tl.float32) + weight_offset
-            dweight = tl.zeros([BLOCK_WIDTH], tl.float32)
-        for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        start = tl.program_id(1) * BLOCK_COLUMNS
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = start + columns < width
+        if weight_ptr is not None:
+            scale = tl.load(weight_ptr + start + columns, mask=in_width, other=0.0).to(tl.float32) + weight_offset
+            dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
             row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-            mask = (row < rows)[:, None] & in_width[None, :]  # [BLOCK_ROWS, BLOCK_WIDTH]
-            x = tl.load(x_ptr + row[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + row[:, None] * dy_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+            in_rows = row < rows
+            mask = in_rows[:, None] & in_width[None, :]
+            x = load_block(x_ptr, row * x_stride + start, columns, mask)
+            v = load_block(dy_ptr, row * dy_stride + start, columns, mask)
+            rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
             normed = x * rstd[:, None]
-            v = dy
-            if HAS_WEIGHT:
-                dweight += tl.sum(dy * normed, axis=0)
-                v = dy * scale[None, :]
-            dx = rstd[:, None] * (v - normed * (tl.sum(v * normed, axis=1) / width)[:, None])
-            if HAS_DSUMMED:
-                ds = tl.load(dsummed_ptr + row[:, None] * dsummed_stride + columns[None, :], mask=mask, other=0.0)
-                dx += ds.to(tl.float32)
-            tl.store(dx_ptr + row[:, None] * width + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if HAS_WEIGHT:
-            tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * width + columns, dweight, mask=in_width)
-
-    @triton.jit
-    def _backward_input_wide(
-        dy_ptr,
-        dsummed_ptr,
-        x_ptr,
-        weight_ptr,
-        rstd_ptr,
-        dx_ptr,
-        dy_stride,
-        dsummed_stride,
-        x_stride,
-        width,
-        weight_offset,
-        HAS_WEIGHT: tl.constexpr,
-        HAS_DSUMMED: tl.constexpr,
-        BLOCK_COLUMNS: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        rstd = tl.load(rstd_ptr + row)
-        projections = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                v = v * (tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32) + weight_offset)
-            projections += v * x * rstd
-        projection = tl.sum(projections, axis=0) / width
-        for start in range(0, width, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            mask = columns < width
-            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                v = v * (tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32) + weight_offset)
-            dx = rstd * (v - x * rstd * projection)
-            if HAS_DSUMMED:
-                dx += tl.load(dsummed_ptr + row * dsummed_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _backward_weight_wide(
-        dy_ptr,
-        x_ptr,
-        rstd_ptr,
-        dweight_ptr,
-        dy_stride,
-        x_stride,
-        rows,
-        width,
-        BLOCK_COLUMNS: tl.constexpr,
-    ):
-        columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        mask = columns < width
-        dweight = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for r in range(tl.program_id(0), rows, tl.num_programs(0)):
-            row = tl.cast(r, tl.int64)
-            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            dweight += dy * x * tl.load(rstd_ptr + row)
-        tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * width + columns, dweight, mask=mask)
-
-
-def _whole_row_launch(width: int, rows: int, device: torch.device) -> tuple[int, dict[str, int]]:
-    """Programs and constexprs of a launch in which each row fits one block."""
-    configuration = _WHOLE_ROW.pick(width, device)
-    block_rows = configuration.blocks["BLOCK_ROWS"]
-    programs = min(triton.cdiv(rows, block_rows), _PROGRAMS_PER_PROCESSOR * processors(device))
-    constants = {"BLOCK_ROWS": block_rows, "BLOCK_WIDTH": triton.next_power_of_2(width)}
-    return programs, {**constants, "num_warps": configuration.num_warps}
-
-
-def _wide_row_launch(width: int, device: torch.device) -> dict[str, int]:
-    configuration = _WIDE_ROW.pick(width, device)
-    return {"BLOCK_COLUMNS": configuration.blocks["BLOCK_COLUMNS"], "num_warps": configuration.num_warps}
+            if weight_ptr is not None:
+                dweight += v * normed
+                v = v * scale[None, :]
+            if projections_ptr is None:  # the block holds the whole row
+                projection = tl.sum(v * normed, axis=1)  # [BLOCK_ROWS]
+            else:
+                projection = tl.sum(load_parts(projections_ptr, row, in_rows, PARTS), axis=1)
+            dx = rstd[:, None] * (v - normed * (projection / width)[:, None])
+            if dsummed_ptr is not None:
+                dx += load_block(dsummed_ptr, row * dsummed_stride + start, columns, mask)
+            store_block(dx_ptr, row * width + start, columns, dx, mask)
+        if weight_ptr is not None:
+            sums = tl.program_id(0).to(tl.int64) * sums_stride + start
+            tl.store(dweight_ptr + sums + columns, tl.sum(dweight, axis=0), mask=start + columns < sums_stride)
 
 
 def _launch_forward(
@@ -318,22 +294,28 @@ def _launch_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = torch.empty_like(y) if residual is not None else x.new_empty(0)
     width = x.shape[-1]
-    rows = x.numel() // width if width else 0
+    rows = x.numel() // width
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows == 0:
         return y, summed, rstd
     x_rows = as_rows(x)
-    residual_rows = as_rows(residual) if residual is not None else x_rows
+    residual_rows = as_rows(residual) if residual is not None else None
     weight = weight.contiguous() if weight is not None else None
-    flags = {"HAS_WEIGHT": weight is not None, "HAS_RESIDUAL": residual is not None}
-    pointers = (x_rows, weight if weight is not None else x_rows, residual_rows, y, summed, rstd)
-    strides = (x_rows.stride(0), residual_rows.stride(0))
-    if width <= _WHOLE_ROW.largest():
-        programs, constants = _whole_row_launch(width, rows, x.device)
-        _forward[(programs,)](*pointers, *strides, rows, width, eps, weight_offset, **flags, **constants)
-    else:
-        constants = _wide_row_launch(width, x.device)
-        _forward_wide[(rows,)](*pointers, *strides, width, eps, weight_offset, **flags, **constants)
+    division = divide(rows, width, _FORWARD, x.device)
+    squares = None
+    if division.column_blocks > 1:
+        squares = division.parts(rows, x.device)
+        _squares[division.grid](
+            x_rows, residual_rows, summed, squares,
+            x_rows.stride(0), row_stride(residual_rows), rows, width, **division.options,
+        )  # fmt: skip
+        if residual is not None:
+            x_rows, residual_rows = summed.view(rows, width), None
+    _forward[division.grid](
+        x_rows, weight, residual_rows, squares, y, summed, rstd,
+        x_rows.stride(0), row_stride(residual_rows), rows, width, eps, weight_offset,
+        PARTS=division.padded_parts, **division.options,
+    )  # fmt: skip
     return y, summed, rstd
 
 
@@ -350,27 +332,24 @@ def _launch_backward(
     rows = rstd.numel()
     if rows == 0:
         return dx, torch.zeros_like(weight) if weight is not None else x.new_empty(0)
-    x_rows, dy_rows = as_rows(x), as_rows(dy)
-    dsummed_rows = as_rows(dsummed) if dsummed is not None else dy_rows
+    dy_rows, x_rows = as_rows(dy), as_rows(x)
+    dsummed_rows = as_rows(dsummed) if dsummed is not None else None
     weight = weight.contiguous() if weight is not None else None
-    flags = {"HAS_WEIGHT": weight is not None, "HAS_DSUMMED": dsummed is not None}
-    strides = (dy_rows.stride(0), dsummed_rows.stride(0), x_rows.stride(0))
-    inputs = (dy_rows, dsummed_rows, x_rows, weight if weight is not None else x_rows, rstd)
-    if width <= _WHOLE_ROW.largest():
-        programs, constants = _whole_row_launch(width, rows, x.device)
-        partials = torch.empty(programs if weight is not None else 0, width, dtype=torch.float32, device=x.device)
-        _backward[(programs,)](*inputs, dx, partials, *strides, rows, width, weight_offset, **flags, **constants)
-    else:
-        constants = _wide_row_launch(width, x.device)
-        _backward_input_wide[(rows,)](*inputs, dx, *strides, width, weight_offset, **flags, **constants)
-        column_blocks = triton.cdiv(width, constants["BLOCK_COLUMNS"])
-        programs = min(rows, triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors(x.device), column_blocks))
-        partials = torch.empty(programs if weight is not None else 0, width, dtype=torch.float32, device=x.device)
-        if weight is not None:
-            _backward_weight_wide[(programs, column_blocks)](
-                dy_rows, x_rows, rstd, partials, dy_rows.stride(0), x_rows.stride(0), rows, width, **constants
-            )
-    return dx, partials.sum(0).to(weight.dtype) if weight is not None else x.new_empty(0)
+    division = divide(rows, width, _BACKWARD, x.device)
+    projections = None
+    if division.column_blocks > 1:
+        projections = division.parts(rows, x.device)
+        _projections[division.grid](
+            dy_rows, x_rows, weight, rstd, projections,
+            dy_rows.stride(0), x_rows.stride(0), rows, width, weight_offset, **division.options,
+        )  # fmt: skip
+    dweight = division.sums(x.device) if weight is not None else None
+    _backward[division.grid](
+        dy_rows, dsummed_rows, x_rows, weight, rstd, projections, dx, dweight,
+        dy_rows.stride(0), row_stride(dsummed_rows), x_rows.stride(0), division.sums_stride, rows, width, weight_offset,
+        PARTS=division.padded_parts, **division.options,
+    )  # fmt: skip
+    return dx, sum_over_programs(dweight, weight) if weight is not None else x.new_empty(0)
 
 
 def _fake_forward(
@@ -378,7 +357,7 @@ def _fake_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = x.new_empty(x.shape)
     summed = x.new_empty(x.shape) if residual is not None else x.new_empty(0)
-    return y, summed, x.new_empty(x.numel() // x.shape[-1] if x.shape[-1] else 0, dtype=torch.float32)
+    return y, summed, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 def _fake_backward(
@@ -428,25 +407,34 @@ differentiate(_forward_op, _gradients, _setup_context)
 refuse_double_backward(_backward_op)
 
 
+_FLOAT32 = frozenset({"weight"})
+
+
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    for rows, width in ((1, 1), (7, 127), (3, 1000), (2, 4097), (2, 8200), (127, 7)):
-        yield Sample(f"{rows}x{width}", {"x": normal(rows, width), "weight": normal(width)})
-    yield Sample("no weight", {"x": normal(3, 5, 64)})
-    yield Sample("weight offset", {"x": normal(5, 64), "weight": normal(64)}, {"weight_offset": 1.0, "eps": 1e-5})
-    for width in (96, 8193):
-        tensors = {"x": normal(2, 3, width), "weight": normal(width), "residual": normal(2, 3, width)}
-        yield Sample(f"residual, width {width}", tensors)
-    yield Sample("three rows", {"x": normal(3, 40), "weight": normal(40), "residual": normal(3, 40)})
-    yield Sample("transposed", {"x": normal(32, 6).t(), "weight": normal(32)})
-    yield Sample("row stride", {"x": normal(9, 80)[:, :48], "weight": normal(48)})
-    yield Sample("expanded", {"x": normal(1, 48).expand(9, 48), "weight": normal(48)})
+    def weighted(x: torch.Tensor, **others: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": x, "weight": normal(x.shape[-1]), **others}
+
+    for rows, width in ((1, 1), (7, 127), (3, 1000), (2, 4097), (127, 7)):
+        yield Sample(f"{rows}x{width}", weighted(normal(rows, width)))
+    for shape in ((3, 5, 64), (2, 4112)):
+        yield Sample(f"no weight, width {shape[-1]}", {"x": normal(*shape)})
+        options = {"weight_offset": 1.0, "eps": 1e-5}
+        yield Sample(f"weight offset, float32 weight, width {shape[-1]}", weighted(normal(*shape)), options, _FLOAT32)
+    for shape in ((2, 3, 96), (2, 1, 8193), (2, 16400)):
+        yield Sample(f"residual, width {shape[-1]}", weighted(normal(*shape), residual=normal(*shape)))
+    yield Sample("residual, no weight", {"x": normal(5, 48), "residual": normal(5, 48)})
+    yield Sample("three rows", weighted(normal(3, 40), residual=normal(3, 40)))
+    yield Sample("no rows", weighted(normal(0, 40), residual=normal(0, 40)))
+    yield Sample("transposed", weighted(normal(32, 6).t()))
+    yield Sample("row stride", {"x": normal(9, 80)[:, :48], "weight": normal(96)[::2]})
+    yield Sample("expanded", weighted(normal(1, 48).expand(9, 48)))
 
 
 def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for width in (768, 2048, 4096, 8192, 16384):
+    for width in (768, 2048, 4096, 8191, 8192, 16384, 65536):
         x = torch.empty(4096, width, dtype=dtype)
         yield Sample(f"4096x{width}", {"x": x, "weight": x.new_empty(width)})
         yield Sample(f"4096x{width} residual", {"x": x, "weight": x.new_empty(width), "residual": torch.empty_like(x)})
@@ -461,5 +449,5 @@ SPEC = OpSpec(
     flops=lambda sample: 5 * sample.tensors["x"].numel(),
     compulsory_bytes=lambda sample: 2 * sample.nbytes("x", "residual") + sample.nbytes("weight"),
     strided=("x", "residual"),
-    tables={"whole row": _WHOLE_ROW, "wide row": _WIDE_ROW},
+    tables={"forward": _FORWARD, "backward": _BACKWARD},
 )

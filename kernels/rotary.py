@@ -24,11 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.checks import FLOATS, check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.rotary_tables import rotary_tables
 from tilewright.kernels.rows import accumulation_dtype
 
 if HAS_TRITON:
@@ -63,81 +64,46 @@ def rotary(
     Raises:
         ValueError: a shape, dtype or device does not fit, or the tables are too short; the message names the argument.
     """
-    _check(q, k, cos, sin, positions)
+    check_rotary("rotary", q, k, cos, sin, positions)
     if not runs_triton(q):
         return reference(q, k, cos, sin, positions=positions, interleaved=interleaved)
     q_out, k_out = _forward_op(q, k, cos, sin, positions, interleaved)
     return q_out, k_out
 
 
-def rotary_tables(
-    max_positions: int,
-    rotary_dim: int,
-    *,
-    base: float = 10000.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position · base^(−2i / rotary_dim) for `rotary`, computed in float64 and rounded once.
-
-    Args:
-        max_positions: the number of positions, 0 … max_positions − 1.
-        rotary_dim: how many elements of each head turn; even.
-        base: the longest wavelength over 2π, about.
-
-    Returns:
-        cos and sin, each (max_positions, rotary_dim/2).
-
-    Raises:
-        ValueError: an argument is out of its range.
-    """
-    if max_positions < 1:
-        raise ValueError(f"rotary_tables: max_positions is {max_positions}; it must be at least 1")
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"rotary_tables: rotary_dim is {rotary_dim}; it must be even and at least 2")
-    if base <= 0:
-        raise ValueError(f"rotary_tables: base is {base}; it must be above 0")
-    if dtype not in FLOATS:
-        raise ValueError(f"rotary_tables: dtype is {dtype}; it must be float32, float16, bfloat16 or float64")
-    exponents = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float64) / rotary_dim
-    positions = torch.arange(max_positions, device=device, dtype=torch.float64)
-    angles = positions[:, None] * torch.pow(base, -exponents)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _check(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None
+def check_rotary(
+    op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None
 ) -> None:
-    check_float("rotary", q=q, k=k, cos=cos, sin=sin)
+    """What every op that turns q and k asks of them, of the tables and of the positions."""
+    check_float(op, q=q, k=k, cos=cos, sin=sin)
     if q.ndim not in (3, 4):
         raise ValueError(
-            f"rotary: q has shape {tuple(q.shape)}; it must be (batch, seq, heads, head_dim) or "
-            "(tokens, heads, head_dim)"
+            f"{op}: q has shape {tuple(q.shape)}; it must be (batch, seq, heads, head_dim) or (tokens, heads, head_dim)"
         )
     kv_heads = k.shape[-2] if k.ndim > 1 else 1
-    check_shape("rotary", "k", k, (*q.shape[:-2], kv_heads, q.shape[-1]), "the shape of q but for the heads")
+    check_shape(op, "k", k, (*q.shape[:-2], kv_heads, q.shape[-1]), "the shape of q but for the heads")
     if cos.ndim != 2 or not 0 < 2 * cos.shape[1] <= q.shape[-1]:
         raise ValueError(
-            f"rotary: cos has shape {tuple(cos.shape)}; it must be (max_positions, rotary_dim / 2), and rotary_dim at "
+            f"{op}: cos has shape {tuple(cos.shape)}; it must be (max_positions, rotary_dim / 2), and rotary_dim at "
             f"most the head_dim {q.shape[-1]}"
         )
-    check_shape("rotary", "sin", sin, cos.shape, "the shape of cos")
-    check_same("rotary", "q", q, k=k)
-    check_same("rotary", "q", q, dtype=cos.dtype != torch.float32, cos=cos)
-    check_same("rotary", "cos", cos, sin=sin)
+    check_shape(op, "sin", sin, cos.shape, "the shape of cos")
+    check_same(op, "q", q, k=k)
+    check_same(op, "q", q, dtype=cos.dtype != torch.float32, cos=cos)
+    check_same(op, "cos", cos, sin=sin)
     if cos.requires_grad or sin.requires_grad:
         name = "cos" if cos.requires_grad else "sin"
-        raise ValueError(f"rotary: {name} asks for a gradient, and the tables take none; pass {name}.detach()")
+        raise ValueError(f"{op}: {name} asks for a gradient, and the tables take none; pass {name}.detach()")
     if positions is None:
         if cos.shape[0] < q.shape[-3]:
             raise ValueError(
-                f"rotary: cos has {cos.shape[0]} positions and q a sequence of {q.shape[-3]}; build longer tables"
+                f"{op}: cos has {cos.shape[0]} positions and q a sequence of {q.shape[-3]}; build longer tables"
             )
         return
     if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"rotary: positions has dtype {positions.dtype}; it must be int32 or int64")
-    check_shape("rotary", "positions", positions, q.shape[:-2], "the shape of q without heads and head_dim")
-    check_same("rotary", "q", q, dtype=False, positions=positions)
+        raise ValueError(f"{op}: positions has dtype {positions.dtype}; it must be int32 or int64")
+    check_shape(op, "positions", positions, q.shape[:-2], "the shape of q without heads and head_dim")
+    check_same(op, "q", q, dtype=False, positions=positions)
 
 
 def reference(
@@ -241,7 +207,7 @@ if HAS_TRITON:
             in_table = (position >= 0) & (position < max_positions)
         pair = tl.arange(0, BLOCK_HALF)
         # Outside the table NaN, which is seen, rather than another tensor's memory, which is not.
-        mask = (pair < HALF) & in_table
+        mask = pair < tl.where(in_table, HALF, 0)
         cos = tl.load(cos_ptr + position * HALF + pair, mask=mask, other=float("nan")).to(tl.float32)
         sin = tl.load(sin_ptr + position * HALF + pair, mask=mask, other=float("nan")).to(tl.float32)
         if CONJUGATE:
@@ -309,18 +275,18 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    q, k = _batched(q), _batched(k)
+    q, k = batched(q), batched(k)
     batch, seq, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if batch * seq == 0:
         return q_out, k_out
-    where = q.new_empty((1, 1), dtype=torch.int32) if positions is None else positions.reshape(-1, seq)
+    where = q if positions is None else positions.reshape(-1, seq)  # q stands in for what is never read
     half = cos.shape[1]
     configuration = _TABLE.pick(heads * head_dim, q.device)
     block_heads = max(1, configuration.blocks["BLOCK_ELEMENTS"] // triton.next_power_of_2(head_dim))
     _forward_or_backward[(batch * seq,)](
         q, k, cos.contiguous(), sin.contiguous(), where, q_out, k_out,
-        *q.stride()[:3], *k.stride()[:3], *where.stride(), seq, heads, kv_heads, cos.shape[0],
+        *q.stride()[:3], *k.stride()[:3], *where.stride()[:2], seq, heads, kv_heads, cos.shape[0],
         HEAD_DIM=head_dim,
         HALF=half,
         HAS_POSITIONS=positions is not None,
@@ -335,7 +301,7 @@ def _launch(
     return q_out, k_out
 
 
-def _batched(x: torch.Tensor) -> torch.Tensor:
+def batched(x: torch.Tensor) -> torch.Tensor:
     """`x` as (batch, seq, heads, head_dim) with the elements of a head adjacent; packed tokens are one batch."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x if x.ndim == 4 else x.unsqueeze(0)
@@ -432,6 +398,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("packed positions", packed, {"interleaved": True})
     yield Sample("three rows", {**heads((3, 2), 2, 1, 8), **tables(3, 8)})
     by_head = {name: x.transpose(1, 2) for name, x in heads((2, 3), 2, 2, 256).items()}
+    yield Sample("no rows", {**heads((0, 2), 2, 1, 8), **tables(3, 8)})
     yield Sample("heads before tokens", {**by_head, **tables(4, 256)})
     apart = {name: x[..., ::2] for name, x in heads((1, 3), 2, 1, 1000).items()}
     yield Sample("elements apart", {**apart, **tables(4, 500)})

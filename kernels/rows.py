@@ -1,8 +1,25 @@
-"""Views of a tensor as rows: how ops that work along the last dimension see inputs of any shape and stride."""
+"""Tensors as rows: how ops that work along the last dimension see inputs of any shape and stride, and how their kernels
+share the rows out.
+
+A kernel here works on blocks of BLOCK_ROWS × BLOCK_COLUMNS elements. Its grid is (programs, column blocks): each
+program keeps to one block of columns, reads the weights of those columns once, and walks over the rows, with STAGES
+blocks of them in flight. Where one block of columns holds the whole row, one read of the row is enough for a norm.
+Where it does not, a first kernel leaves a float32 sum for each row and block of columns (the *parts* of the row's sum),
+and a second adds up the parts and does the rest.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from tilewright.kernels.dispatch import HAS_TRITON
+from tilewright.kernels.launch import LaunchTable, processors
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -17,3 +34,131 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Division(NamedTuple):
+    """How rows are shared out: to `programs` × `column_blocks` programs, launched with the same `options`.
+
+    `sums_stride` is the width rounded up to what keeps the programs' sums aligned, whatever the rows are.
+    """
+
+    programs: int
+    column_blocks: int
+    sums_stride: int
+    options: dict[str, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The launch grid."""
+        return self.programs, self.column_blocks
+
+    def parts(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Room for the parts of one sum of each row."""
+        return torch.empty(rows, self.column_blocks, dtype=torch.float32, device=device)
+
+    @property
+    def padded_parts(self) -> int:
+        """The constexpr PARTS of `load_parts`."""
+        return int(triton.next_power_of_2(self.column_blocks))
+
+    def sums(self, device: torch.device) -> torch.Tensor:
+        """Room for the sum that each program takes over its rows, for `sum_over_programs`."""
+        return torch.empty(self.programs, self.sums_stride, dtype=torch.float32, device=device)
+
+
+def divide(rows: int, width: int, table: LaunchTable, device: torch.device) -> Division:
+    """Share out `rows` (at least one) of `width` elements as the table says.
+
+    Its configurations state BLOCK_COLUMNS, the most columns of one block; BLOCK_ELEMENTS, the most elements of one
+    block; and PROGRAMS, how many programs share a processor.
+    """
+    configuration = table.pick(width, device)
+    most_columns, elements, programs = (
+        configuration.blocks[n] for n in ("BLOCK_COLUMNS", "BLOCK_ELEMENTS", "PROGRAMS")
+    )
+    stages = configuration.num_stages
+    if width % 16:
+        # Triton moves 16 bytes at once, and past registers, where it knows that rows are aligned: at multiples of 16.
+        # In others each element has an address of its own; registers then hold one block in flight, and a smaller one.
+        most_columns, elements, stages = min(most_columns, 8192), elements // 2, 1
+    block_columns = min(triton.next_power_of_2(width), most_columns)
+    block_rows = max(1, elements // block_columns)
+    column_blocks = triton.cdiv(width, block_columns)
+    row_blocks = triton.cdiv(rows, block_rows)
+    most = triton.cdiv(programs * processors(device), column_blocks)
+    # The fewest programs that are done as soon as `most` would be: each has weights to read and sums to leave.
+    programs = triton.cdiv(row_blocks, triton.cdiv(row_blocks, most))
+    options = {
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        "STAGES": stages,
+        "num_warps": configuration.num_warps,
+    }
+    return Division(programs, column_blocks, 16 * triton.cdiv(width, 16), options)
+
+
+def row_stride(rows: torch.Tensor | None) -> int:
+    """Elements from one row to the next; 0 where there is no tensor."""
+    return rows.stride(0) if rows is not None else 0
+
+
+def sum_over_programs(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The sum of the programs' `sums`, in a fixed order, with the shape and dtype of `like` (width,)."""
+    assert sums is not None
+    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    width = like.shape[0]
+    _sum_over_programs[(triton.cdiv(width, 64),)](
+        sums, total, sums.stride(0), sums.shape[0], width, BLOCK_PROGRAMS=64, BLOCK_COLUMNS=64, num_warps=8
+    )
+    return total
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def load_block(ptr, offsets, columns, mask) -> tl.tensor:
+        """The elements `columns` past each row's offset, as float32 [BLOCK_ROWS, BLOCK_COLUMNS]; 0 where masked."""
+        return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def store_block(ptr, offsets, columns, values, mask) -> None:
+        """Store [BLOCK_ROWS, BLOCK_COLUMNS] in the tensor's dtype."""
+        tl.store(ptr + offsets[:, None] + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def load_sum(x_ptr, residual_ptr, summed_ptr, x_offsets, residual_offsets, offsets, columns, mask) -> tl.tensor:
+        """x, or where there is a residual x + residual, which is stored; float32 [BLOCK_ROWS, BLOCK_COLUMNS]."""
+        x = load_block(x_ptr, x_offsets, columns, mask)
+        if residual_ptr is not None:
+            x += load_block(residual_ptr, residual_offsets, columns, mask)
+            # Rounded to the stored dtype first: the norm is taken of what is returned.
+            summed = x.to(summed_ptr.dtype.element_ty)
+            tl.store(summed_ptr + offsets[:, None] + columns[None, :], summed, mask=mask)
+            x = summed.to(tl.float32)
+        return x
+
+    @triton.jit
+    def store_part(parts_ptr, row, in_rows, part) -> None:
+        """Leave this program's part of each row's sum, [BLOCK_ROWS]."""
+        tl.store(parts_ptr + row * tl.num_programs(1) + tl.program_id(1), part, mask=in_rows)
+
+    @triton.jit
+    def load_parts(parts_ptr, row, in_rows, PARTS: tl.constexpr) -> tl.tensor:
+        """The parts of each row's sum, [BLOCK_ROWS, PARTS]; 0 past the last."""
+        part = tl.arange(0, PARTS)
+        mask = in_rows[:, None] & (part < tl.num_programs(1))[None, :]
+        return tl.load(parts_ptr + row[:, None] * tl.num_programs(1) + part[None, :], mask=mask, other=0.0)
+
+    @triton.jit
+    def _sum_over_programs(
+        sums_ptr, total_ptr, sums_stride, programs, width, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    ):
+        columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        in_width = columns < width
+        total = tl.zeros([BLOCK_PROGRAMS, BLOCK_COLUMNS], tl.float32)
+        for start in range(0, programs, BLOCK_PROGRAMS):
+            program = (start + tl.arange(0, BLOCK_PROGRAMS)).to(tl.int64)  # int64: programs × stride may pass 2³¹
+            mask = (program < programs)[:, None] & in_width[None, :]
+            total += load_block(sums_ptr, program * sums_stride, columns, mask)
+        total = tl.sum(total, axis=0)
+        tl.store(total_ptr + columns, total.to(total_ptr.dtype.element_ty), mask=in_width)

@@ -171,7 +171,9 @@ class Transformer(nn.Module):
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The summed cross-entropy (float32 scalar, nats) of `targets` (batch, seq), −100 where there is nothing to
         predict."""
-        return linear_cross_entropy(hidden, self.head_weight(), targets, reduction="sum")
+        loss = linear_cross_entropy(hidden, self.head_weight(), targets, reduction="sum")
+        assert isinstance(loss, torch.Tensor)
+        return loss
 
     def forward(
         self, inputs: torch.Tensor, targets: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None

@@ -78,7 +78,7 @@ def test_each_op_has_its_implementation_for_each_dtype_and_the_reason(tell):
     text = tell("--quick")
     for spec in SPECS:
         assert re.search(rf"\W {spec.name} \W reference \W reference \W", text)
-    assert "cpu float32, cpu bfloat16: reference: on cpu, plain PyTorch" in text
+    assert "cpu float32, cpu bfloat16: reference: off CUDA, plain PyTorch" in text
     with use("triton"):
         text = tell("--quick")
     for spec in SPECS:

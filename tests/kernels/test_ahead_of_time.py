@@ -34,7 +34,7 @@ def test_every_launch_compiles_and_fits_the_chips_shared_memory(name: str, chip:
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["target"] for kernel in kernels} == {chip}
-    assert any("backward" in kernel["name"] for kernel in kernels), "no backward launch was compiled"
+    assert name == "adamw" or any("backward" in kernel["name"] for kernel in kernels), "no backward launch was compiled"
     for kernel in kernels:
         assert kernel["cubin"] > 0
         assert kernel["shared"] <= SHARED_MEMORY[chip], kernel
