@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors, is_number, is_whole
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import register
@@ -92,6 +92,9 @@ def adamw(
     Raises:
         ValueError: a shape, dtype, device or number does not fit; the message names the argument.
     """
+    check_tensors("adamw", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    if low_bits is not None:
+        check_tensors("adamw", low_bits=low_bits)
     param, grad, exp_avg, exp_avg_sq = (x.detach() for x in (param, grad, exp_avg, exp_avg_sq))
     check_float("adamw", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     for name, x in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("low_bits", low_bits)):
@@ -111,13 +114,17 @@ def adamw(
             raise ValueError("adamw: stochastic is True and low_bits are given; with them nothing is rounded away")
     if stochastic and param.dtype == torch.float16:
         raise ValueError("adamw: stochastic is True and param has dtype torch.float16; it must be bfloat16")
-    if step < 1:
-        raise ValueError(f"adamw: step is {step}; it must be at least 1")
+    if not (is_whole(step) and step >= 1):
+        raise ValueError(f"adamw: step is {step!r}; it must be at least 1, an integer")
     check_rule("adamw", lr, betas, eps, weight_decay, seed)
     if isinstance(clip, torch.Tensor):
+        check_tensors("adamw", clip=clip)
         if clip.numel() != 1 or not clip.is_floating_point():
             raise ValueError(f"adamw: clip has shape {tuple(clip.shape)} and dtype {clip.dtype}; it must be one number")
         check_same("adamw", "param", param, dtype=False, clip=clip)
+        clip = clip.detach().reshape(())
+    elif clip is not None and not is_number(clip):
+        raise ValueError(f"adamw: clip is {clip!r}; it must be a number below 2⁶³ in size, or a tensor")
     if not runs_triton(param):
         return reference(
             param, grad, exp_avg, exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
@@ -134,12 +141,13 @@ def adamw(
 def check_rule(op: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int) -> None:
     """Each number of the rule is within its range; infinities and NaN are within none."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < float("inf"):
-            raise ValueError(f"{op}: {name} is {value}; it must be at least 0")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"{op}: betas is {betas}; it must be two numbers, each at least 0 and less than 1")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"{op}: seed is {seed}; it must be at least 0 and less than 2⁶³")
+        if not (is_number(value) and value >= 0.0):
+            raise ValueError(f"{op}: {name} is {value!r}; it must be at least 0 and below 2⁶³")
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    if not pair or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{op}: betas is {betas!r}; it must be two numbers, each at least 0 and less than 1")
+    if not (is_whole(seed) and seed >= 0):
+        raise ValueError(f"{op}: seed is {seed!r}; it must be at least 0 and less than 2⁶³")
 
 
 def reference(

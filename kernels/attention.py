@@ -391,7 +391,9 @@ if HAS_TRITON:
         if WINDOWED:
             whole_end = tl.minimum(whole_end, _down(query + window, BLOCK_Q))
             end = tl.maximum(tl.minimum(end, query + BLOCK_K - 1 + window), 0)
-        if start_k + BLOCK_K > seq_k:  # the last block of keys is masked throughout
+        # Keys past the last need no mask, as their rows of dk and dv are not stored. But with one, the compiler finds
+        # registers for all else; without, it spills in several cases on Hopper.
+        if start_k + BLOCK_K > seq_k:
             whole_start = end
         whole_start = tl.minimum(whole_start, end)
         return first, whole_start, tl.maximum(whole_start, whole_end), end
@@ -524,7 +526,7 @@ if HAS_TRITON:
             total = tl.zeros([BLOCK_Q], tl.float32)  # running Σ 2^(score − top)
             if HAS_SINKS:  # the score that each query has seen before any key
                 top = tl.zeros([BLOCK_Q], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-                total = tl.where(top > -float("inf"), 1.0, 0.0)
+                total = tl.full([BLOCK_Q], 1.0, tl.float32)
 
             edges = _keys_of(start_q, seq_q, seq_k, window, CAUSAL, WINDOWED, BLOCK_Q, BLOCK_K)
             # Three stretches of keys: cut by the window's far side, seen by all, cut by the near side or the end.
@@ -1081,7 +1083,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     # Past one block each way, so past what `small_samples` of the contract takes.
     yield Sample("127 tokens", qkv(1, 127, 127, 1, 1, 32))
     yield Sample("130 tokens, head_dim 80", qkv(1, 130, 130, 1, 1, 80))
-    yield Sample("70 by 140, full, head_dim 256", qkv(1, 70, 140, 1, 1, 256), {"causal": False})
+    yield Sample("140 tokens, head_dim 256", qkv(1, 140, 140, 1, 1, 256), {"scale": 0.02})
     yield Sample("130 by 200, full", qkv(1, 130, 200, 1, 1, 64), {"causal": False})
     yield Sample("1000 keys", qkv(1, 7, 1000, 1, 1, 16))
     yield Sample("packed (60, 130, 1)", packed((60, 130, 1)))
@@ -1090,8 +1092,9 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("window, more queries", qkv(1, 160, 60, 1, 1, 16), {"window": 30, "return_lse": True})
     yield Sample("window, 4097 keys", qkv(1, 7, 4097, 1, 1, 16), {"window": 300})
     yield Sample("softcap", qkv(1, 80, 80, 2, 1, 16), {"softcap": 5.0, "return_lse": True})
-    yield Sample("sinks", {**qkv(2, 40, 40, 2, 2, 16), **sinks}, {"return_lse": True})
-    many = {**qkv(1, 10, 10, 16, 4, 16), "sinks": normal(16)}
+    # Many heads: of only two sinks, PyTorch may get both gradients right by luck.
+    many = {**qkv(1, 10, 10, 32, 4, 16), "sinks": normal(32)}
+    yield Sample("sinks", many, {"return_lse": True})
     yield Sample("float32 sinks", many, float32=frozenset({"sinks"}))
     yield Sample("everything", {**qkv(1, 80, 100, 2, 1, 16), **sinks}, everything)
     yield Sample("everything, packed, full", {**packed((80, 0, 1)), **sinks}, {**everything, "causal": False})

@@ -13,16 +13,21 @@ import torch
 _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def lowers(device: str) -> bool:
+    """Whether autocast is enabled for a type of device; devices that have none, such as meta, PyTorch does not ask."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is enabled for their device, else as they are: what PyTorch does for
     ``linear`` and ``scaled_dot_product_attention``. Differentiable; integers, float64 and None pass through."""
     if not torch._C._is_any_autocast_enabled():  # the usual case first, and quickly
         return tensors
-    device = next((x.device.type for x in tensors if x is not None), "cpu")
-    if not torch.is_autocast_enabled(device):
+    device = next((x.device.type for x in tensors if isinstance(x, torch.Tensor)), "cpu")
+    if not lowers(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST else x for x in tensors)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in _AUTOCAST else x for x in tensors)
 
 
 def to_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
@@ -30,4 +35,6 @@ def to_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     ``layer_norm`` and ``rms_norm``, which on CPU it leaves alone. Differentiable; others and None pass through."""
     if not torch.is_autocast_enabled("cuda"):
         return tensors
-    return tuple(x.float() if x is not None and x.is_cuda and x.dtype in _AUTOCAST else x for x in tensors)
+    return tuple(
+        x.float() if isinstance(x, torch.Tensor) and x.is_cuda and x.dtype in _AUTOCAST else x for x in tensors
+    )

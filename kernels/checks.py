@@ -3,15 +3,40 @@ what is allowed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_NUMBERS = (int, float)
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a Python number, below 2⁶³ in size and so neither infinite nor NaN."""
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and -(2.0**63) < value < 2.0**63
+
+
+def is_whole(value: Any) -> bool:
+    """Whether an option is a Python integer that fits 64 bits."""
+    return isinstance(value, int) and is_number(value)
+
+
+def check_tensors(op: str, **tensors: Any) -> None:
+    """Each is a dense tensor; None is none."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{op}: {name} is of type {type(tensor).__name__}; it must be a tensor")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{op}: {name} has layout {tensor.layout}; it must be dense (torch.strided)")
 
 
 def check_float(op: str, **tensors: torch.Tensor | None) -> None:
-    """Each tensor given is of a floating dtype that the op takes."""
+    """Each that is given is a dense tensor of a floating dtype that the op takes."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if tensor is None:
+            continue
+        if getattr(tensor, "dtype", None) not in FLOATS or tensor.layout is not torch.strided:
+            check_tensors(op, **{name: tensor})
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; it must be float32, float16, bfloat16 or float64")
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.checks import check_float, check_same
+from tilewright.kernels.checks import check_float, check_same, check_tensors, is_number, is_whole
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
@@ -80,6 +80,7 @@ def cross_entropy(
         ValueError: an argument does not fit; on CPU also a target that is no class. On a GPU, where looking would wait
             for the device, such a row's loss is NaN.
     """
+    check_tensors("cross_entropy", logits=logits)
     check_float("cross_entropy", logits=logits)
     check_loss_options("cross_entropy", label_smoothing, z_loss, softcap, reduction, group)
     if logits.ndim == 0 or logits.shape[-1] == 0:
@@ -115,12 +116,12 @@ def check_loss_options(
     op: str, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str, group: Any
 ) -> None:
     """Raise ``ValueError`` for an option of the loss that is out of its range."""
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must be between 0 and 1")
-    if not z_loss >= 0.0:
-        raise ValueError(f"{op}: z_loss is {z_loss}; it must be 0 or more")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{op}: softcap is {softcap}; it must be more than 0, or None")
+    if not (is_number(label_smoothing) and 0.0 <= label_smoothing <= 1.0):
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing!r}; it must be between 0 and 1")
+    if not (is_number(z_loss) and z_loss >= 0.0):
+        raise ValueError(f"{op}: z_loss is {z_loss!r}; it must be 0 or more and below 2⁶³")
+    if softcap is not None and not (is_number(softcap) and softcap > 0.0):
+        raise ValueError(f"{op}: softcap is {softcap!r}; it must be more than 0, or None, and below 2⁶³")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     check_group(op, group)
@@ -130,6 +131,9 @@ def check_targets(
     op: str, targets: torch.Tensor, rows: torch.Tensor, rows_name: str, classes: int, ignore_index: int
 ) -> None:
     """Raise ``ValueError`` unless `targets` are int64, one for each row of `rows`, and, on CPU, classes."""
+    if not is_whole(ignore_index):
+        raise ValueError(f"{op}: ignore_index is {ignore_index!r}; it must be an integer of 64 bits")
+    check_tensors(op, targets=targets)
     if targets.dtype != torch.int64:
         raise ValueError(f"{op}: targets has dtype {targets.dtype}; it must be int64")
     if targets.shape != rows.shape[:-1]:
@@ -317,7 +321,8 @@ def _losses_from(
     ignore_index, label_smoothing, z_loss, _ = options
     top, total, z_target, sum_z = statistics.unbind(1)
     log_sum = total.log()
-    z_losses = z_loss * (top + log_sum).square()
+    # The square may be infinite, of which 0 times would be NaN.
+    z_losses = z_loss * (top + log_sum).square() if z_loss else torch.zeros_like(top)
     if label_smoothing:
         z_target = (1.0 - label_smoothing) * z_target + label_smoothing * (sum_z / shard.all_classes)
     losses = log_sum - (z_target - top) + z_losses
@@ -387,8 +392,16 @@ if HAS_TRITON:
     @triton.jit
     def _softcapped(x, softcap, HAS_SOFTCAP: tl.constexpr):
         if HAS_SOFTCAP:
-            # tanh(a) = 1 − 2 / (exp(2a) + 1), which saturates rightly where exp overflows.
-            x = softcap * (1.0 - 2.0 / (tl.exp(x * (2.0 / softcap)) + 1.0))
+            # tanh(a) = 1 − 2 / (exp(2a) + 1), which saturates rightly where exp overflows; near 0, where that cancels
+            # and a large softcap would magnify what is lost, a polynomial fitted to |a| ≤ 0.6 (error 3e-9).
+            a = x * (1.0 / softcap)
+            square = a * a
+            series = -5.895156e-3 * square + 2.0795970e-2
+            series = series * square - 5.3783830e-2
+            series = series * square + 1.33319241e-1
+            series = series * square - 3.33332980e-1
+            far = softcap * (1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0))
+            x = tl.where(square < 0.36, x + x * square * series, far)
         return x
 
     @triton.jit
@@ -919,8 +932,9 @@ class _OneRead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[Any, ...]:
         *inputs, dlogits, anticipated = ctx.saved_tensors
-        # The buffer is the caller's once it was returned; a second backward pass through the graph needs another.
-        if ctx.handed_out or torch.is_grad_enabled():
+        # The buffer is the caller's once it was returned; a second backward pass through the graph needs another. A
+        # compiler of backward passes is to see the op and not what a launch is made of.
+        if ctx.handed_out or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return backward_op(upstream, *inputs, *ctx.options), *[None] * 6
         ctx.handed_out = True
         backward_op.launch(upstream, *inputs, *ctx.options, 0, None, dlogits, anticipated)

@@ -37,6 +37,7 @@ class Choice(NamedTuple):
 # Made once: a choice is made on every call of every op.
 _ON_CUDA = Choice("triton", "on a CUDA device")
 _OFF_CUDA = Choice("reference", "off CUDA, plain PyTorch, which Inductor can fuse")
+_ON_META = Choice("reference", "on the meta device, where there are shapes and nothing to compute")
 _WITHOUT_TRITON = Choice("reference", "triton is not installed")
 _OTHER_DTYPE = Choice("reference", "the Triton kernels take float32, float16 and bfloat16 only")
 _DEMANDED_TRITON = Choice("triton", "demanded by use() or TILEWRIGHT_KERNELS")
@@ -69,8 +70,12 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The implementation that an op would use for tensors on `device` of type `dtype`, with the reason.
 
     Raises:
-        ValueError: Triton is demanded where it cannot run, or TILEWRIGHT_KERNELS names no mode.
+        ValueError: Triton is demanded where it cannot run, TILEWRIGHT_KERNELS names no mode, or device is none.
     """
+    if not isinstance(device, torch.device):
+        raise ValueError(f"choose: device is {device!r}; it must be a torch.device")
+    if device.type == "meta":  # shapes alone, whatever is demanded
+        return _ON_META
     if _mode == "auto":
         if device.type != "cuda":
             return _OFF_CUDA

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import Op, differentiate, refuse_double_backward, register
@@ -37,6 +37,7 @@ if HAS_TRITON:
 
 def check_gated(op: str, gate: torch.Tensor, up: torch.Tensor | None) -> None:
     """Raise ``ValueError`` unless gate and up, or one fused input, fit together."""
+    check_tensors(op, gate=gate)
     check_float(op, gate=gate, up=up)
     if gate.ndim == 0:
         raise ValueError(f"{op}: gate has no dimension; it must be (…, width)")

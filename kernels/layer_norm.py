@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.autocast import to_float32
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors, is_number
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
@@ -65,11 +65,12 @@ def layer_norm(
         ValueError: a shape, dtype or device does not fit, or eps is negative; the message names the argument.
     """
     x, weight, bias, residual = to_float32(x, weight, bias, residual)
-    check_float("layer_norm", x=x, weight=weight, bias=bias)
+    check_tensors("layer_norm", x=x)
+    check_float("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}; it must be (…, width) with a width of at least 1")
-    if not eps >= 0:
-        raise ValueError(f"layer_norm: eps is {eps}; it must be at least 0")
+    if not (is_number(eps) and eps >= 0):
+        raise ValueError(f"layer_norm: eps is {eps!r}; it must be at least 0 and below 2⁶³")
     check_shape("layer_norm", "residual", residual, x.shape, "the shape of x")
     check_same("layer_norm", "x", x, residual=residual)
     for name, parameter in (("weight", weight), ("bias", bias)):

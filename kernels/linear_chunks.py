@@ -17,13 +17,14 @@ once. Only the gradients that someone asks for are computed: the others are empt
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.autocast import to_lower_precision
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors
 from tilewright.kernels.dispatch import runs_triton
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.rows import accumulation_dtype
@@ -50,6 +51,7 @@ def head_inputs(
         ValueError: one does not fit; it is named with `prefix`.
     """
     name, weight_name, bias_name = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    check_tensors(op, **{name: hidden, weight_name: weight})
     check_float(op, **{name: hidden, weight_name: weight, bias_name: bias})
     if is_sharded(hidden):
         raise ValueError(f"{op}: {name} is a DTensor; it must be this process's own rows: {name}.to_local()")
@@ -116,7 +118,8 @@ def in_chunks(
         if wants.bias:
             dbias.add_(dlogits.sum(0, dtype=wide))
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type  # meta has no autocast
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for start in range(0, hidden.shape[0], step):
             chunk(slice(start, min(start + step, hidden.shape[0])))
     return dhidden, dweight, dbias
@@ -204,7 +207,9 @@ class HeadLoss:
         _, (dhidden, dweight, dbias) = self.compute(hidden, *rest[:-3], upstream, Wanted(*rest[-3:]))
         return dhidden, dweight.to(hidden.dtype), dbias.to(hidden.dtype)
 
-    def _differentiate_rows(self, ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def _differentiate_rows(self, ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.arguments)
         tensors = iter(ctx.saved_tensors)
         arguments = [next(tensors) if is_tensor else x for is_tensor, x in ctx.arguments]
         wants = Wanted(*ctx.needs_input_grad[:3])
@@ -234,7 +239,9 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
     ctx.save_for_backward(*output[-3:])
 
 
-def _total_gradients(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+def _total_gradients(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if upstream is None:  # whoever used the loss has passed no gradient on
+        return tuple(None for _ in range(3 + ctx.others))
     return *_where_wanted(ctx.wants, _scaled(upstream, *ctx.saved_tensors)), *(None for _ in range(ctx.others))
 
 

@@ -27,11 +27,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.checks import check_same, check_shape
+from tilewright.kernels.checks import check_same, check_shape, check_tensors, is_number
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.linear_chunks import Gradients, HeadLoss, Wanted, chunk_rows, head_inputs, in_chunks, mean
@@ -83,7 +84,8 @@ def linear_kl(
     op = "linear_kl"
     _check_options(temperature, divergence, reduction)
     hidden, weight, bias = head_inputs(op, hidden, weight, bias)
-    teacher = head_inputs(op, teacher_hidden.detach(), teacher_weight.detach(), _detached(teacher_bias), "teacher_")
+    teacher = _detached(teacher_hidden), _detached(teacher_weight), _detached(teacher_bias)
+    teacher = head_inputs(op, *teacher, "teacher_")
     teacher_hidden, teacher_weight, teacher_bias = teacher
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, mask)
 
@@ -101,8 +103,8 @@ def linear_kl(
 
 
 def _check_options(temperature: float, divergence: str, reduction: str) -> None:
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"linear_kl: temperature is {temperature}; it must be finite and more than 0")
+    if not (is_number(temperature) and temperature > 0.0):
+        raise ValueError(f"linear_kl: temperature is {temperature!r}; it must be finite and more than 0, and below 2⁶³")
     if divergence not in DIVERGENCES:
         raise ValueError(f"linear_kl: divergence is {divergence!r}; it must be one of {', '.join(DIVERGENCES)}")
     if reduction not in REDUCTIONS:
@@ -128,14 +130,16 @@ def _check_teacher(
     check_shape(
         op, "teacher_weight", teacher_weight, (weight.shape[0], teacher_hidden.shape[-1]), "with the classes of weight"
     )
+    if mask is not None:
+        check_tensors(op, mask=mask)
     check_same(op, "hidden", hidden, dtype=False, teacher_hidden=teacher_hidden, mask=mask)
     check_shape(op, "mask", mask, rows, "one for each row of hidden")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"{op}: mask has dtype {mask.dtype}; it must be bool")
 
 
-def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x.detach() if x is not None else None
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 def reference(

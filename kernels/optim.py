@@ -14,6 +14,7 @@ and their stochastic rounding does not depend on the number of shards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -26,8 +27,9 @@ from torch.optim.optimizer import ParamsT
 from tilewright.kernels import dispatch
 from tilewright.kernels.adamw import MultiTensor, Rule, Slot, aligned, check_rule, reference
 from tilewright.kernels.apex import FusedAdamStep, check_fused_adam_serves, fused_adam_class
-from tilewright.kernels.checks import FLOATS
+from tilewright.kernels.checks import FLOATS, is_number
 from tilewright.kernels.dispatch import Choice, use
+from tilewright.kernels.rows import accumulation_dtype
 from tilewright.kernels.shards import first_element, is_laid_out, layout, local, whole
 
 IMPLEMENTATIONS = ("auto", "triton", "reference", "apex")
@@ -97,7 +99,7 @@ class AdamW(Optimizer):
     def _forget(self) -> None:
         """Drop what is worked out from the state and the parameters, and made again from them."""
         # Views and tables of pointers, each beside what it was made of; made again where that has changed.
-        self._slots: dict[torch.Tensor, tuple[list[int], Slot]] = {}
+        self._slots: dict[torch.Tensor, tuple[list[Any], Slot]] = {}
         self._steppers: dict[object, tuple[list[Any], Any]] = {}
         # GradScaler then leaves the unscaling and the skipping to `step`, which does both on the device.
         self._step_supports_amp_scaling = True
@@ -149,14 +151,16 @@ class AdamW(Optimizer):
             What `closure` returned.
 
         Raises:
-            ValueError: a gradient is sparse or laid out over other devices than its parameter, or the implementation
-                that is demanded cannot serve; the message names which.
+            ValueError: a gradient is sparse, of another shape than its parameter or laid out over other devices, the
+                state is on another device, or the implementation that is demanded cannot serve; the message names
+                which.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         number = 0
+        stepped: list[torch.Tensor] = []
         for position, group in enumerate(self.param_groups):
             by_choice: dict[tuple[str, torch.device], list[_Member]] = {}
             for parameter in group["params"]:
@@ -164,6 +168,7 @@ class AdamW(Optimizer):
                     implementation = _choose(group, parameter).implementation
                     member = self._member(parameter, group, implementation, number)
                     by_choice.setdefault((implementation, member.slot.param.device), []).append(member)
+                    stepped.append(parameter)
                 number += 1
             for (implementation, device), members in by_choice.items():
                 scaling = _Scaling.of(clip, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), device)
@@ -175,6 +180,8 @@ class AdamW(Optimizer):
                     _step_reference(group, members, scaling)
                 for member in members:
                     member.write_back()
+        # Kernels write past autograd, which must know: a graph that saved a parameter before now has the wrong numbers.
+        torch.autograd.graph.increment_version(stepped)
         return loss
 
     def _member(self, parameter: torch.Tensor, group: dict[str, Any], implementation: str, number: int) -> _Member:
@@ -186,7 +193,7 @@ class AdamW(Optimizer):
         if state["step"].device != device:
             state["step"] = state["step"].to(device)
         kept = [local(state[key]) for key in ("exp_avg", "exp_avg_sq", "low_bits") if key in state]
-        what = [number, mine.numel(), *(x.data_ptr() for x in (mine, *kept, state["step"]))]
+        what = [number, mine.shape, mine.stride(), *(x.data_ptr() for x in (mine, *kept, state["step"]))]
         known, slot = self._slots.get(parameter, (None, None))
         if slot is not None and known == what:
             return _Member(slot, _in_order_of(mine, grad))
@@ -195,6 +202,11 @@ class AdamW(Optimizer):
                 raise ValueError(
                     f"AdamW: the state of a parameter has shape {tuple(x.shape)}; it must be {tuple(mine.shape)}, the "
                     "parameter's: the state dict that was loaded is another model's"
+                )
+            if x.device != mine.device:
+                raise ValueError(
+                    f"AdamW: the state of a parameter is on {x.device} and the parameter on {mine.device}; move one to "
+                    "the other"
                 )
         memory = mine if _is_dense(mine) else mine.contiguous()
         ordered = [_in_order_of(memory, x) for x in kept]
@@ -215,7 +227,9 @@ class AdamW(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-        if _keeps_low_bits(parameter, group) and "low_bits" not in state:
+        if not _keeps_low_bits(parameter, group):
+            state.pop("low_bits", None)  # of a parameter that has been made float32, say
+        elif "low_bits" not in state:
             state["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
         return state
 
@@ -266,7 +280,7 @@ class AdamW(Optimizer):
         Raises:
             ValueError: the groups do not match, or AMSGrad was on.
         """
-        own = [{name: group[name] for name in _OWN} for group in self.param_groups]
+        own = [{name: group[name] for name in self.defaults} for group in self.param_groups]
         loaded: dict[str, Any] = {}
 
         def note(_: Optimizer, final: dict[str, Any]) -> None:
@@ -275,8 +289,9 @@ class AdamW(Optimizer):
             loaded.update(final)
 
         def restore(_: Optimizer) -> None:
-            for group, options in zip(self.param_groups, own, strict=True):
-                group.update(options)
+            for group, options, saved in zip(self.param_groups, own, loaded["param_groups"], strict=True):
+                # The seed too, which torch.optim.AdamW has not saved.
+                group.update({name: x for name, x in options.items() if name in _OWN or name not in saved})
             self._take_state(loaded)
 
         # The base class casts all state to the parameter's dtype; what it was given, after the hooks of others, is
@@ -315,18 +330,38 @@ class AdamW(Optimizer):
                 self.state[parameter] = state
 
 
-def clip_coefficient(parameters: Iterable[torch.Tensor], max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+def clip_coefficient(
+    parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``step(clip=…)`` takes to scale the gradients down to a total norm of `max_norm`, without a wait for it.
 
     Args:
-        parameters: those whose gradients count, of all groups; sharded ones count as a whole.
-        max_norm: the largest total 2-norm that is left as it is.
+        parameters: those whose gradients count, of all groups, or one alone; sharded ones count as a whole.
+        max_norm: the largest total 2-norm that is left as it is, at least 0; infinite to leave any.
 
     Returns:
-        The coefficient, at most 1, and the norm: float32 tensors of no dimension. It is NaN where the norm is.
+        The coefficient, at most 1, and the norm: float32 tensors of no dimension (float64 where a gradient is). It is
+        NaN where the norm is.
+
+    Raises:
+        ValueError: max_norm is no number of at least 0.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = whole(norm)
+    if not (max_norm == math.inf or (is_number(max_norm) and max_norm >= 0)):
+        raise ValueError(f"clip_coefficient: max_norm is {max_norm!r}; it must be a number, at least 0")
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for grad in (p.grad for p in parameters):
+        if grad is not None:
+            alike.setdefault((grad.device, grad.dtype), []).append(grad)
+    # Not torch.nn.utils.get_total_norm, whose norms of float16 gradients are float16: past 65504 infinite.
+    norms = [
+        norm
+        for (_, dtype), grads in alike.items()
+        for norm in torch._foreach_norm(grads, 2, dtype=accumulation_dtype(dtype))
+    ]
+    if not norms:
+        return torch.ones(()), torch.zeros(())
+    norm = whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
     return (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
@@ -351,8 +386,10 @@ class _Scaling(NamedTuple):
         def there(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
             if x is not None and x.numel() != 1:
                 raise ValueError(f"AdamW: {name} has shape {tuple(x.shape)}; it must be one number")
-            return whole(x).to(device, non_blocking=True) if x is not None else None
+            return whole(x).reshape(()).to(device, non_blocking=True) if x is not None else None
 
+        if not (clip is None or isinstance(clip, torch.Tensor) or is_number(clip)):
+            raise ValueError(f"AdamW: clip is {clip!r}; it must be a finite number, a tensor of one element, or None")
         number = 1.0 if clip is None or isinstance(clip, torch.Tensor) else float(clip)
         tensor = clip if isinstance(clip, torch.Tensor) else None
         return cls(there("clip", tensor), there("grad_scale", grad_scale), there("found_inf", found_inf), number)
@@ -426,7 +463,14 @@ def _check_group(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"AdamW: lr has shape {tuple(lr.shape)}; it must be one number")
-    check_rule("AdamW", float(lr), group["betas"], group["eps"], group["weight_decay"], group["seed"])
+    check_rule(
+        "AdamW",
+        float(lr) if isinstance(lr, torch.Tensor) else lr,
+        group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        group["seed"],
+    )
     if group["state_dtype"] not in (torch.float32, torch.bfloat16):
         raise ValueError(f"AdamW: state_dtype is {group['state_dtype']}; it must be torch.float32 or torch.bfloat16")
     for name, allowed in (("rounding", ROUNDINGS), ("implementation", IMPLEMENTATIONS)):
@@ -483,6 +527,17 @@ def _local_gradient(parameter: torch.Tensor) -> torch.Tensor:
             f"AdamW: the gradient of a parameter of shape {tuple(parameter.shape)} is sparse ({grad.layout}); it must "
             "be dense: use torch.optim.SparseAdam for it, or grad.to_dense()"
         )
+    # A gradient from before `parameter.data` was replaced: PyTorch keeps it, and a kernel would read past its end.
+    if grad.shape != parameter.shape or grad.device != parameter.device:
+        raise ValueError(
+            f"AdamW: the gradient of a parameter of shape {tuple(parameter.shape)} on {parameter.device} has shape "
+            f"{tuple(grad.shape)} and is on {grad.device}; it must be as the parameter"
+        )
+    if grad.dtype not in FLOATS or (grad.dtype == torch.float64 and parameter.dtype != torch.float64):
+        raise ValueError(
+            f"AdamW: the gradient of a parameter of shape {tuple(parameter.shape)} has dtype {grad.dtype} and the "
+            f"parameter {parameter.dtype}; it must be float32, float16 or bfloat16, or that of the parameter"
+        )
     if layout(grad) != layout(parameter):
         raise ValueError(
             f"AdamW: the gradient of a parameter of shape {tuple(parameter.shape)} is laid over the processes as "
@@ -512,4 +567,5 @@ def _in_order_of(memory: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
     """The memory of a dense tensor, in its order."""
-    return x.as_strided((x.numel(),), (1,))
+    # Detached: a view would hold the parameter itself, which ``torch.utils.swap_tensors`` then refuses.
+    return x.detach().as_strided((x.numel(),), (1,))

@@ -30,15 +30,14 @@ from typing import Any
 import torch
 
 from tilewright.kernels.autocast import to_float32
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors, is_number
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable, processors
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.opspec import OpSpec, Sample
 from tilewright.kernels.rms_norm import reference as normed
 from tilewright.kernels.rotary import SPEC as ROTARY
-from tilewright.kernels.rotary import batched, check_rotary
-from tilewright.kernels.rotary import reference as turned
+from tilewright.kernels.rotary import batched, check_rotary, turned
 from tilewright.kernels.rotary_tables import rotary_tables
 
 if HAS_TRITON:
@@ -79,17 +78,20 @@ def qk_norm_rotary(
         The normalised and rotated q and k, new tensors of their shapes and dtypes; float32 under autocast on CUDA.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, the tables are too short or eps is negative; the message
-            names the argument.
+        ValueError: a shape, dtype or device does not fit, the tables are too short or a number is out of its
+            range; the message names the argument.
     """
     q, k, q_weight, k_weight, cos, sin = to_float32(q, k, q_weight, k_weight, cos, sin)
     check_rotary("qk_norm_rotary", q, k, cos, sin, positions)
+    check_tensors("qk_norm_rotary", q_weight=q_weight, k_weight=k_weight)
     check_float("qk_norm_rotary", q_weight=q_weight, k_weight=k_weight)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         check_shape("qk_norm_rotary", name, weight, q.shape[-1:], "the head_dim of q")
         check_same("qk_norm_rotary", "q", q, dtype=weight.dtype != torch.float32, **{name: weight})
-    if not eps >= 0:
-        raise ValueError(f"qk_norm_rotary: eps is {eps}; it must be at least 0")
+    if not (is_number(eps) and eps >= 0):
+        raise ValueError(f"qk_norm_rotary: eps is {eps!r}; it must be at least 0 and below 2⁶³")
+    if not is_number(weight_offset):
+        raise ValueError(f"qk_norm_rotary: weight_offset is {weight_offset!r}; it must be a number below 2⁶³ in size")
     if not runs_triton(q):
         return reference(
             q, k, q_weight, k_weight, cos, sin,
@@ -117,7 +119,7 @@ def reference(
     k_normed = normed(k, k_weight, eps=eps, weight_offset=weight_offset)
     assert isinstance(q_normed, torch.Tensor)  # and not a pair: there is no residual
     assert isinstance(k_normed, torch.Tensor)
-    return turned(q_normed, k_normed, cos, sin, positions=positions, interleaved=interleaved)
+    return turned("qk_norm_rotary", q_normed, k_normed, cos, sin, positions, interleaved)
 
 
 # By the width of one token's queries (heads · head_dim). A program takes whole tokens, so that it reads cos and sin

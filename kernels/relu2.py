@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.checks import check_float
+from tilewright.kernels.checks import check_float, check_tensors
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
@@ -46,6 +46,7 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: x is of no floating dtype that the op takes.
     """
+    check_tensors("relu2", x=x)
     check_float("relu2", x=x)
     if not runs_triton(x):
         return reference(x)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels.autocast import to_float32
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors, is_number
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
@@ -58,14 +58,18 @@ def rms_norm(
         y like `x`, or with a residual (y, x + residual).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or eps is negative; the message names the argument.
+        ValueError: a shape, dtype or device does not fit, or a number is out of its range; the message names the
+            argument.
     """
     x, weight, residual = to_float32(x, weight, residual)
-    check_float("rms_norm", x=x, weight=weight)
+    check_tensors("rms_norm", x=x)
+    check_float("rms_norm", x=x, weight=weight, residual=residual)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; it must be (…, width) with a width of at least 1")
-    if not eps >= 0:
-        raise ValueError(f"rms_norm: eps is {eps}; it must be at least 0")
+    if not (is_number(eps) and eps >= 0):
+        raise ValueError(f"rms_norm: eps is {eps!r}; it must be at least 0 and below 2⁶³")
+    if not is_number(weight_offset):
+        raise ValueError(f"rms_norm: weight_offset is {weight_offset!r}; it must be a number below 2⁶³ in size")
     check_shape("rms_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
     check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
     check_same("rms_norm", "x", x, residual=residual)

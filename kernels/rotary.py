@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
@@ -75,6 +75,7 @@ def check_rotary(
     op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None
 ) -> None:
     """What every op that turns q and k asks of them, of the tables and of the positions."""
+    check_tensors(op, q=q, k=k, cos=cos, sin=sin)
     check_float(op, q=q, k=k, cos=cos, sin=sin)
     if q.ndim not in (3, 4):
         raise ValueError(
@@ -100,6 +101,7 @@ def check_rotary(
                 f"{op}: cos has {cos.shape[0]} positions and q a sequence of {q.shape[-3]}; build longer tables"
             )
         return
+    check_tensors(op, positions=positions)
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: positions has dtype {positions.dtype}; it must be int32 or int64")
     check_shape(op, "positions", positions, q.shape[:-2], "the shape of q without heads and head_dim")
@@ -116,22 +118,35 @@ def reference(
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain PyTorch."""
+    return turned("rotary", q, k, cos, sin, positions, interleaved)
+
+
+def turned(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k turned in plain PyTorch, for `op`."""
     if positions is None:
         cos, sin = cos[: q.shape[-3]], sin[: q.shape[-3]]
     else:
-        cos, sin = _at(positions, cos), _at(positions, sin)
+        cos, sin = _at(op, positions, cos), _at(op, positions, sin)
     wide = accumulation_dtype(q.dtype)
     cos, sin = cos.to(wide).unsqueeze(-2), sin.to(wide).unsqueeze(-2)  # (…, seq, 1, rotary_dim / 2)
     return _rotated(q, cos, sin, interleaved), _rotated(k, cos, sin, interleaved)
 
 
-def _at(positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def _at(op: str, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The table's rows at `positions`; an embedding refuses negative ones, which an index would count from the end."""
     try:
         return F.embedding(positions, table)
     except IndexError as error:
         raise ValueError(
-            f"rotary: positions holds a position outside the tables; it must be 0 … {table.shape[0] - 1}"
+            f"{op}: positions holds a position outside the tables; it must be 0 … {table.shape[0] - 1}"
         ) from error
 
 

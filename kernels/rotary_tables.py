@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewright.kernels.checks import FLOATS
+from tilewright.kernels.checks import FLOATS, is_number, is_whole
 
 
 def rotary_tables(
@@ -48,12 +48,12 @@ def rotary_tables(
     Raises:
         ValueError: an argument is out of its range.
     """
-    if max_positions < 1:
-        raise ValueError(f"rotary_tables: max_positions is {max_positions}; it must be at least 1")
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"rotary_tables: rotary_dim is {rotary_dim}; it must be even and at least 2")
-    if not 0 < base < math.inf:
-        raise ValueError(f"rotary_tables: base is {base}; it must be above 0 and finite")
+    if not (is_whole(max_positions) and max_positions >= 1):
+        raise ValueError(f"rotary_tables: max_positions is {max_positions!r}; it must be at least 1, an integer")
+    if not (is_whole(rotary_dim) and rotary_dim >= 2) or rotary_dim % 2:
+        raise ValueError(f"rotary_tables: rotary_dim is {rotary_dim!r}; it must be even and at least 2")
+    if not (is_number(base) and base > 0):
+        raise ValueError(f"rotary_tables: base is {base!r}; it must be above 0 and finite, below 2⁶³")
     if scaling is not None and not isinstance(scaling, RotaryScaling):
         raise ValueError(f"rotary_tables: scaling is {scaling!r}; it must be a RotaryScaling, such as LinearScaling")
     if dtype not in FLOATS:
@@ -82,7 +82,7 @@ class RotaryScaling(ABC):
     factor: float
 
     def __post_init__(self) -> None:
-        self._require("factor", 1 <= self.factor < math.inf, "at least 1 and finite")
+        self._require("factor", is_number(self.factor) and self.factor >= 1, "at least 1 and finite, below 2⁶³")
 
     @abstractmethod
     def frequencies(self, frequencies: torch.Tensor, base: float) -> torch.Tensor:
@@ -93,9 +93,13 @@ class RotaryScaling(ABC):
         """What cosines and sines are multiplied by."""
         return 1.0
 
+    def _require_positions(self, name: str) -> None:
+        value = getattr(self, name)
+        self._require(name, is_whole(value) and value >= 1, "at least 1, an integer")
+
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)}; it must be {allowed}")
+            raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}; it must be {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +133,8 @@ class DynamicNTKScaling(RotaryScaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("original_max_positions", self.original_max_positions >= 1, "at least 1")
-        self._require("sequence_length", self.sequence_length >= 1, "at least 1")
+        self._require_positions("original_max_positions")
+        self._require_positions("sequence_length")
 
     def frequencies(self, frequencies: torch.Tensor, base: float) -> torch.Tensor:
         excess = max(self.sequence_length, self.original_max_positions) / self.original_max_positions - 1
@@ -162,14 +166,13 @@ class YarnScaling(RotaryScaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("original_max_positions", self.original_max_positions >= 1, "at least 1")
-        self._require("beta_slow", 0 < self.beta_slow < math.inf, "above 0 and finite")
-        self._require(
-            "beta_fast", self.beta_slow < self.beta_fast < math.inf, f"above beta_slow ({self.beta_slow}) and finite"
-        )
+        self._require_positions("original_max_positions")
+        self._require("beta_slow", is_number(self.beta_slow) and self.beta_slow > 0, "above 0 and finite")
+        fast = is_number(self.beta_fast) and self.beta_fast > self.beta_slow
+        self._require("beta_fast", fast, f"above beta_slow ({self.beta_slow}) and finite")
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             value = getattr(self, name)
-            self._require(name, value is None or 0 < value < math.inf, "above 0 and finite, or None")
+            self._require(name, value is None or (is_number(value) and value > 0), "above 0 and finite, or None")
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ValueError(
                 f"YarnScaling: mscale is {self.mscale} and mscale_all_dim {self.mscale_all_dim}; give both or neither"
@@ -229,13 +232,10 @@ class Llama3Scaling(RotaryScaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("original_max_positions", self.original_max_positions >= 1, "at least 1")
-        self._require("low_freq_factor", 0 < self.low_freq_factor < math.inf, "above 0 and finite")
-        self._require(
-            "high_freq_factor",
-            self.low_freq_factor < self.high_freq_factor < math.inf,
-            f"above low_freq_factor ({self.low_freq_factor}) and finite",
-        )
+        self._require_positions("original_max_positions")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        self._require("low_freq_factor", is_number(low) and low > 0, "above 0 and finite")
+        self._require("high_freq_factor", is_number(high) and high > low, f"above low_freq_factor ({low}) and finite")
 
     def frequencies(self, frequencies: torch.Tensor, base: float) -> torch.Tensor:
         turns = self.original_max_positions * frequencies / (2 * math.pi)

@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
 
 from tilewright.kernels.attention import attention
 from tilewright.kernels.huggingface.masks import Rule, RuleMask, attention_mask
 
 NAME = "tilewright"
 _LARGEST_HEAD_DIM = 256
+# Where `transformers` collects what `output_attentions` asks for; not every layer hands that argument on.
+_COLLECTED = getattr(output_capturing, "_active_collector", None)
 
 
 def register_attention() -> None:
@@ -70,13 +73,14 @@ def attention_forward(
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     rule = _rule(attention_mask, query, key, causal, sliding_window, kwargs)
-    wants_weights = bool(kwargs.get("output_attentions"))
-    biased = kwargs.get("position_bias") is not None
+    wants_weights = bool(kwargs.get("output_attentions")) or _are_collected(module)
+    bias = kwargs.get("position_bias")
+    biased = bias is not None
     if rule is not None and not (dropout or wants_weights or biased) and _fits(query, key, value):
         return _by_rule(query, key, value, rule, scaling, softcap, s_aux), None
     mask = attention_mask if rule is None else _matrix(attention_mask, rule, query, key)
-    if not biased and (wants_weights or softcap is not None or s_aux is not None):
-        return _in_full(query, key, value, mask, dropout, scaling, softcap, s_aux)
+    if wants_weights or (not biased and (softcap is not None or s_aux is not None)):
+        return _in_full(query, key, value, mask, dropout, scaling, softcap, s_aux, bias)
     if (
         rule is not None
         and rule.causal
@@ -86,6 +90,14 @@ def attention_forward(
     ):
         mask = None  # a flag says it, with which PyTorch is faster
     return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, causal, softcap=softcap, **kwargs)
+
+
+def _are_collected(module: torch.nn.Module) -> bool:
+    """Whether probabilities are collected from layers that were not told so. Not in training, where a layer that is
+    checkpointed would find nobody collecting when it runs again."""
+    if _COLLECTED is None or getattr(module, "training", False) or torch.compiler.is_compiling():
+        return False
+    return any(name.endswith("attentions") for name in _COLLECTED.get() or ())
 
 
 def _rule(
@@ -171,6 +183,7 @@ def _in_full(
     scaling: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With all scores in memory, for what PyTorch's own attention does not take; the result and the probabilities."""
     group = query.shape[1] // key.shape[1]
@@ -178,6 +191,8 @@ def _in_full(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None and mask.dtype == torch.bool:
         # The smallest number, not −∞: a row that sees nothing, at padding, stays finite, as in `transformers`.
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -187,4 +202,5 @@ def _in_full(
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     weights = weights[..., :-1] if sinks is not None else weights
-    return (F.dropout(weights, dropout) @ value).transpose(1, 2), weights
+    weights = F.dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2), weights

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
@@ -45,6 +47,10 @@ def model_forward(model: PreTrainedModel) -> Callable[..., Any]:
     head, body = model.get_output_embeddings(), model.base_model
     if type(head) is not nn.Linear:
         raise Unsuited(f"has a head of type {type(head).__name__}, not a plain linear layer")
+    if not _is_readable(head.weight):
+        raise Unsuited(f"has a head whose weight is of type {type(head.weight).__name__}")
+    if model.config.is_encoder_decoder:
+        raise Unsuited("has an encoder and a decoder, and so another loss than that of a causal language model")
     if body is model or head.weight.is_meta:
         raise Unsuited("has no body apart from its head" if body is model else "has weights on the meta device")
     names = [name for name, p in inspect.signature(theirs).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
@@ -64,6 +70,9 @@ def model_forward(model: PreTrainedModel) -> Callable[..., Any]:
         loss = _loss(self.get_output_embeddings(), self.config.get_text_config(), outputs.last_hidden_state, given)
         return CausalLMOutputWithCrossAttentions(loss=loss, **{name: outputs.get(name) for name in _PASSED_ON})
 
+    # Who undoes wrappers until the innermost function, as accelerate does, is to end here.
+    forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
+    del forward.__wrapped__
     return forward
 
 
@@ -87,6 +96,7 @@ def head_forward(head: nn.Module) -> Callable[..., torch.Tensor]:
 def _is_fused(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """Whether this call trains, in the way that was compared, on a head that nobody has wrapped or exchanged since."""
     keep, returns_dict = given.get("logits_to_keep", 0), given.get("return_dict")
+    head: Any = model.get_output_embeddings()
     return bool(
         model.training
         and given.get("labels") is not None
@@ -95,8 +105,15 @@ def _is_fused(model: PreTrainedModel, given: dict[str, Any]) -> bool:
         and (model.config.return_dict if returns_dict is None else returns_dict)
         and not (getattr(model.config, _ROUTER, False) if given.get(_ROUTER) is None else given[_ROUTER])
         and model.loss_function is ForCausalLMLoss
-        and is_bound(model.get_output_embeddings())
+        and is_bound(head)
+        and _is_readable(head.weight)
     )
+
+
+def _is_readable(weight: torch.Tensor) -> bool:
+    """Whether the kernel finds the numbers themselves in `weight`, or an FSDP shard of them; not so in a tensor that
+    torchao has quantised."""
+    return isinstance(weight, DTensor) or not is_traceable_wrapper_subclass(weight)
 
 
 def _loss(head: Callable[..., torch.Tensor], config: Any, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
@@ -135,16 +152,25 @@ def _compare(model: PreTrainedModel, head: nn.Linear, body: nn.Module) -> None:
     labels[0, 1], padding[1, 3:] = -100, 0
     ours_on = functools.partial(head_forward(head), head)
     before = body.__dict__.get("forward")
+    stand_in = BaseModelOutputWithPastAndCrossAttentions()
+    stand_in.router_logits = None  # mixtures of experts read it
+    calls = []
+
+    def body_forward(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        calls.append(args)
+        return stand_in
+
     try:
         with torch.no_grad():
             # Logits well away from 0, where a softcap or a factor shows.
             hidden = hidden * (20.0 / head(hidden).float().std().clamp(min=1e-3)).to(hidden.dtype)
-            stand_in = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-            stand_in.router_logits = None  # mixtures of experts read it
-            body.__dict__["forward"] = lambda *args, **kwargs: stand_in
+            stand_in["last_hidden_state"] = hidden
+            body.__dict__["forward"] = body_forward
             for options in ({}, {"num_items_in_batch": 5}):
                 given = {"labels": labels, **options}
                 theirs = model(input_ids=tokens, attention_mask=padding, return_dict=True, **given).loss
+                if not calls:
+                    raise Unsuited("reaches into its body instead of calling it")
                 ours = _loss(ours_on, model.config.get_text_config(), hidden, given)
                 tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
                 if not torch.allclose(theirs.float(), ours.float(), rtol=tolerance):
@@ -154,6 +180,8 @@ def _compare(model: PreTrainedModel, head: nn.Linear, body: nn.Module) -> None:
     except Unsuited:
         raise
     except Exception as error:
+        if isinstance(error, AttributeError) and error.obj is stand_in:
+            raise Unsuited(f"reads {error.name} of its body beside the last hidden states") from error
         raise Unsuited(f"cannot be tried on a small input: {type(error).__name__}: {error}") from error
     finally:
         body.__dict__.pop("forward", None)

@@ -21,6 +21,14 @@ def is_bound(module: nn.Module) -> bool:
     return isinstance(own, MethodType) and "of_tilewright" in own.__func__.__dict__
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether the instance's forward is one that something else has put over it."""
+    own = module.__dict__.get("forward")
+    # Pickling keeps a bound method by its name, so that a loaded module has its class's forward for its own.
+    of_class = getattr(own, "__func__", None) is type(module).forward
+    return own is not None and not is_bound(module) and not of_class
+
+
 def unbind(module: nn.Module) -> None:
     """Let the instance run its class's forward again."""
-    del module.__dict__["forward"]
+    module.__dict__.pop("forward", None)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tilewright.kernels.huggingface.attention_registry import NAME, register_attention
 from tilewright.kernels.huggingface.head import head_forward, model_forward
-from tilewright.kernels.huggingface.instances import bind, is_bound, unbind
+from tilewright.kernels.huggingface.instances import bind, is_bound, is_wrapped, unbind
 from tilewright.kernels.huggingface.norms_and_mlps import is_mlp, is_norm, mlp_forward, norm_forward
 from tilewright.kernels.huggingface.probing import Unsuited
 from tilewright.kernels.huggingface.rotation import has_qk_norm, has_rotary, qk_norm_rotary_forward, rotary_forward
@@ -63,12 +63,17 @@ def _lines(title: str, rows: list[Any], arrow: str) -> list[str]:
     return lines
 
 
-class _Record(NamedTuple):
-    """What `unpatch` needs: the report, the patched modules' names, and each configuration's former attention."""
+@dataclass
+class _Record:
+    """What `unpatch` needs: the report, the patched modules, and each configuration's former attention."""
 
     report: PatchReport
-    modules: list[str]
+    modules: list[nn.Module]
     implementations: list[tuple[Any, str | None]]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register_attention()  # a pickled model may be loaded where nobody has registered it yet
 
 
 def patch(
@@ -84,7 +89,8 @@ def patch(
 
     Parameters, state-dict keys, ``save_pretrained``, ``generate``, hooks and the ``Trainer`` work as before. Logits and
     gradients agree with the unpatched model to the rounding of the dtype. Patch before wrapping the model in PEFT, FSDP
-    or ``torch.compile``, so that they see what runs.
+    or ``torch.compile``, so that they see what runs. Of a patched model that is pickled, the copy that is loaded runs
+    its own forwards: `unpatch` it, and `patch` it again.
 
     Args:
         model: a ``PreTrainedModel`` on any device, its weights loaded.
@@ -135,13 +141,16 @@ def unpatch(model: PreTrainedModel) -> None:
     record: _Record | None = model.__dict__.get(_RECORD)
     if record is None:
         raise ValueError("unpatch: the model is not patched")
-    patched = [module for module in model.modules() if is_bound(module)]
-    if len(patched) != len(record.modules):
+    # A module that was exchanged since, as a head is when the vocabulary grows, is no hindrance: what it was is undone.
+    wrapped = [module for module in record.modules if is_wrapped(module)]
+    if wrapped:
+        first = next((name for name, module in model.named_modules() if module is wrapped[0]), "a module taken out")
         raise ValueError(
-            f"unpatch: of {len(record.modules)} patched modules {len(patched)} still run what patch gave them; undo "
-            "what wrapped or exchanged the others first, such as accelerate's hooks"
+            f"unpatch: of {len(record.modules)} patched modules {len(record.modules) - len(wrapped)} still run what "
+            f"patch gave them; undo what wrapped the others ({first or 'the model itself'} first) since, for example "
+            "with accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
         )
-    for module in patched:
+    for module in record.modules:
         unbind(module)
     for config, implementation in record.implementations:
         config._attn_implementation_internal = implementation
@@ -168,7 +177,7 @@ def _replace(
         record.report.left.append(Left(name, what, str(reason)))
         return None
     bind(module, forward)
-    record.modules.append(name)
+    record.modules.append(module)
     record.report.replaced.append(Replaced(name, what, by))
     return by
 
@@ -231,8 +240,7 @@ def _fuse_head(record: _Record, model: PreTrainedModel) -> None:
     if head is None:
         return  # a body alone, or a classifier: no vocabulary, nothing to gain
     what = f"loss of {type(model).__name__}"
-    name = next(name for name, module in model.named_modules() if module is head)
     _replace(record, "", model, what, lambda m: (model_forward(model), "linear_cross_entropy, in training"))
     if is_bound(model):
         bind(head, head_forward(head))
-        record.modules.append(name)
+        record.modules.append(head)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.attention import attention
-from tilewright.kernels.nn.checks import check_width, refuse
+from tilewright.kernels.autocast import lowers
+from tilewright.kernels.checks import check_same
+from tilewright.kernels.nn.checks import check_size, check_width, refuse
 from tilewright.kernels.rotary import rotary
 
 
@@ -56,16 +58,20 @@ class Attention(torch.nn.Module):
         refuse("Attention", "dropout", dropout, 0.0, "the kernels drop nothing")
         refuse("Attention", "add_bias_kv", add_bias_kv, False, "see sinks")
         refuse("Attention", "add_zero_attn", add_zero_attn, False, "see sinks")
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        widths = {"kdim": embed_dim if kdim is None else kdim, "vdim": embed_dim if vdim is None else vdim}
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kv_heads": kv_heads, **widths}
+        for name, size in sizes.items():
+            check_size("Attention", name, size)
+        if embed_dim % num_heads:
             raise ValueError(f"Attention: num_heads is {num_heads}; it must be a divisor of embed_dim, {embed_dim}")
-        if kv_heads < 1 or num_heads % kv_heads:
+        if num_heads % kv_heads:
             raise ValueError(f"Attention: kv_heads is {kv_heads}; it must be a divisor of num_heads, {num_heads}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.kv_heads = kv_heads
         self.head_dim = embed_dim // num_heads
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
+        self.kdim = widths["kdim"]
+        self.vdim = widths["vdim"]
         self.batch_first = batch_first
         self.scale = scale
         self.window = window
@@ -178,6 +184,9 @@ class Attention(torch.nn.Module):
                 raise ValueError(
                     f"Attention: {name} has shape {tuple(x.shape)}; it must be {allowed}, as many as query"
                 )
+            weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+            assert weight is not None  # one of the two is there
+            check_same("Attention", "in_proj_weight", weight, dtype=not lowers(x.device.type), **{name: x})
 
     def _project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v with their heads side by side."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels.geglu import geglu
-from tilewright.kernels.nn.checks import check_width
+from tilewright.kernels.nn.checks import check_size, check_width
 from tilewright.kernels.swiglu import swiglu
 
 
@@ -26,8 +26,7 @@ class _GatedMLP(torch.nn.Module):
         super().__init__()
         out_features = in_features if out_features is None else out_features
         for name, value in (("in", in_features), ("hidden", hidden_features), ("out", out_features)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: {name}_features is {value}; it must be at least 1")
+            check_size(type(self).__name__, f"{name}_features", value)
         self.in_features = in_features
         self.hidden_features = hidden_features
         self.out_features = out_features

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.checks import check_tensors
 from tilewright.kernels.cross_entropy import check_loss_options, cross_entropy
 from tilewright.kernels.linear_cross_entropy import linear_cross_entropy
-from tilewright.kernels.nn.checks import refuse
+from tilewright.kernels.nn.checks import check_size, refuse
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -53,6 +54,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         Raises:
             ValueError: a shape, dtype, device or option does not fit; targets that are class probabilities are refused.
         """
+        check_tensors("CrossEntropyLoss", input=input)
         _check_class_indices("CrossEntropyLoss", target)
         return cross_entropy(input.movedim(1, -1) if input.ndim > 2 else input, target, **_options(self))
 
@@ -101,6 +103,8 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
         refuse(name, "out_features", out_features, (), "there is one loss for each row of the input")
         refuse(name, "weight", weight, None, "every class counts alike")
         refuse(name, "options", options, None, "the logits always come in chunks of bounded size")
+        check_size(name, "in_features", in_features)
+        check_size(name, "num_classes", num_classes)
         check_loss_options(name, label_smoothing, z_loss, softcap, reduction, group)
         super().__init__(
             in_features,
@@ -132,6 +136,7 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
 
 
 def _check_class_indices(module: str, target: torch.Tensor) -> None:
+    check_tensors(module, target=target)
     if target.is_floating_point():
         raise ValueError(
             f"{module}: target has dtype {target.dtype}; it must be int64, indices of classes: class probabilities are "

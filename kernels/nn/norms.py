@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.checks import check_float, check_tensors, is_number
 from tilewright.kernels.layer_norm import layer_norm
 from tilewright.kernels.rms_norm import rms_norm
 from tilewright.kernels.rows import accumulation_dtype
@@ -32,6 +33,8 @@ class RMSNorm(torch.nn.RMSNorm):
         *,
         weight_offset: float = 0.0,
     ) -> None:
+        if not is_number(weight_offset):
+            raise ValueError(f"RMSNorm: weight_offset is {weight_offset!r}; it must be a number below 2⁶³ in size")
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.weight_offset = weight_offset
         self.reset_parameters()
@@ -72,6 +75,8 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 def _check_normalized(module: str, name: str, x: torch.Tensor, normalized_shape: tuple[int, ...]) -> None:
+    check_tensors(module, **{name: x})
+    check_float(module, **{name: x})
     count = len(normalized_shape)
     if not count or x.shape[-count:] != normalized_shape:
         raise ValueError(
@@ -82,7 +87,7 @@ def _check_normalized(module: str, name: str, x: torch.Tensor, normalized_shape:
 
 def _flat(normalized_shape: tuple[int, ...], *tensors: torch.Tensor | None) -> list[Any]:
     """The tensors with the dimensions that are normalised together as one."""
-    return [x if x is None else x.flatten(-len(normalized_shape)) for x in tensors]
+    return [x.flatten(-len(normalized_shape)) if isinstance(x, torch.Tensor) else x for x in tensors]
 
 
 def _shaped(result: torch.Tensor | tuple[torch.Tensor, ...], shape: torch.Size) -> Any:

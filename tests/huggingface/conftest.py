@@ -48,14 +48,28 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", _SHAPE | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 5}),
     "qwen2_moe": ("Qwen2MoeConfig", _SHAPE | _EXPERTS | {"use_sliding_window": True, "sliding_window": 5}),
 }
+# Whose layers are called in another way than those above.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": (
+        "OPTConfig",
+        {k: _SHAPE[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+        | {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "dropout": 0.0},
+    ),
+    "t5": (
+        "T5Config",
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        | {"dropout_rate": 0.0, "decoder_start_token_id": 0},
+    ),
+}
 NAMED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "bert")
 
 
 def build(family: str, **changes: Any) -> PreTrainedModel:
     """A model of the family with random weights, none of them at the ones and zeros they are usually made with."""
-    configuration, options = CONFIGURATIONS[family]
+    configuration, options = (CONFIGURATIONS | OTHERS)[family]
     config = getattr(transformers, configuration)(**(options | changes))
-    kind = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    kinds = {"bert": transformers.AutoModelForMaskedLM, "t5": transformers.AutoModelForSeq2SeqLM}
+    kind = kinds.get(family, transformers.AutoModelForCausalLM)
     torch.manual_seed(0)
     model: PreTrainedModel = kind.from_config(config)
     with torch.no_grad():

@@ -142,6 +142,32 @@ def test_attention_probabilities_are_given_to_who_asks(tokens):
         torch.testing.assert_close(weights, reference)
 
 
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_attention_probabilities_are_given_where_layers_do_not_hand_on_that_they_are_asked_for(family, tokens):
+    theirs, ours = (model.eval() for model in switched(family))
+    theirs.set_attn_implementation("eager")
+    arguments = {"input_ids": tokens, "output_attentions": True}
+    arguments |= {"decoder_input_ids": tokens[:, :7]} if family == "t5" else {}
+    expected, output = (model(**arguments) for model in (theirs, ours))
+    torch.testing.assert_close(output.logits, expected.logits)
+    for name in (
+        ("attentions",) if family == "opt" else ("encoder_attentions", "decoder_attentions", "cross_attentions")
+    ):
+        assert len(output[name]) == 2
+        for weights, reference in zip(output[name], expected[name], strict=True):
+            torch.testing.assert_close(weights, reference)
+
+
+def test_attention_probabilities_come_after_dropout_as_in_eager_attention(tokens):
+    theirs, ours = (model.train() for model in switched("llama", attention_dropout=0.5))
+    theirs.set_attn_implementation("eager")
+    weights = []
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        weights.append(model(tokens, output_attentions=True).attentions[0])
+    torch.testing.assert_close(weights[1], weights[0])
+
+
 def test_under_autocast_the_kernels_serve(tokens, served):
     """Rotation leaves queries and keys in float32 beside bfloat16 values there."""
     theirs, ours = switched("llama")

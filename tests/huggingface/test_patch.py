@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import MethodType
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -135,6 +137,20 @@ def test_a_copy_of_a_patched_model_uses_its_own_weights(tokens):
     unpatch(twin)
 
 
+def test_a_pickled_model_loads_where_nothing_is_registered_and_is_patched_anew(tokens, monkeypatch):
+    model = build("llama").eval()
+    expected = model(tokens).logits
+    patch(model)
+    pickled = pickle.dumps(model)
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, "tilewright")  # as in a process that only loads
+    loaded = pickle.loads(pickled)
+    torch.testing.assert_close(loaded(tokens).logits, expected)
+    unpatch(loaded)
+    assert torch.equal(loaded(tokens).logits, expected)
+    assert not patch(loaded).left
+
+
 def test_only_the_given_instance_changes(pair):
     theirs, ours = pair("llama")
     patch(ours)
@@ -179,6 +195,56 @@ def test_the_fused_head_steps_aside_for_a_head_that_was_wrapped_since(pair, toke
     for model in (theirs, ours):
         model.lm_head = Adapter(model.lm_head)
     torch.testing.assert_close(ours(tokens, labels=tokens).loss, theirs(tokens, labels=tokens).loss)
+
+
+class Coded(torch.Tensor):
+    """A weight that keeps something else than its numbers, as quantised ones do, and knows linear layers alone."""
+
+    codes: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes):
+        coded = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=codes.dtype)
+        coded.codes = codes
+        return coded
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __tensor_flatten__(self):
+        return ["codes"], None
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, meta, size, stride):
+        return Coded(tensors["codes"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", func
+        codes = torch.utils._pytree.tree_map_only(cls, lambda coded: coded.codes, (args, kwargs or {}))
+        result = func(*codes[0], **codes[1])
+        return cls(result) if func is torch.ops.aten.detach.default else result
+
+
+def test_the_fused_head_steps_aside_for_a_weight_that_was_quantised(pair, tokens):
+    theirs, ours = (model.train() for model in pair("llama"))
+    patch(ours)
+    ours.lm_head.weight = nn.Parameter(Coded(ours.lm_head.weight.detach()), requires_grad=False)
+    torch.testing.assert_close(ours(tokens, labels=tokens).loss, theirs(tokens, labels=tokens).loss)
+    unpatch(ours)
+    assert [(row.what, row.why) for row in patch(ours).left] == [
+        ("loss of LlamaForCausalLM", "has a head whose weight is of type Coded")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("opt", "reaches into its body instead of calling it"),
+        ("t5", "has an encoder and a decoder, and so another loss than that of a causal language model"),
+    ],
+)
+def test_the_report_says_why_a_loss_is_left_alone(family, why):
+    assert why in {row.why for row in patch(build(family)).left}
 
 
 def test_the_report_names_what_was_replaced_and_what_was_not():
@@ -306,6 +372,30 @@ def test_unpatching_under_a_later_hook_is_refused():
     model.model.norm.forward = lambda x: x
     with pytest.raises(ValueError, match="of 11 patched modules 10 still run what patch gave them"):
         unpatch(model)
+
+
+def test_a_head_that_was_exchanged_since_does_not_keep_the_rest_from_being_undone(tokens):
+    model = build("llama").eval()
+    before = model(tokens).logits
+    patch(model)
+    model.resize_token_embeddings(120)
+    unpatch(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert torch.equal(model(tokens).logits[..., :97], before)
+
+
+def test_what_accelerate_wraps_is_unwrapped_to_the_patched_model(tokens):
+    model = build("llama").train()
+    patch(model)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    wrapped = accelerator.prepare_model(model)
+    with pytest.raises(
+        ValueError, match=r"\(the model itself first\) since, for example with accelerator.unwrap_model"
+    ):
+        unpatch(model)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    assert model(tokens, labels=tokens).logits is None
+    unpatch(model)
 
 
 def test_weights_on_the_meta_device_are_no_hindrance_but_for_the_loss():

@@ -148,6 +148,15 @@ def test_saved_tensors_may_be_recomputed_or_moved_away(wrap: str, scale: float) 
         torch.testing.assert_close(got, expected)
 
 
+def test_a_backward_pass_may_be_compiled_apart() -> None:
+    logits, targets = rows(4, 60)
+    (expected,) = torch.autograd.grad(reference(logits, targets), logits)
+    loss = cross_entropy(logits, targets)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.backward()
+    torch.testing.assert_close(logits.grad, expected)
+
+
 def test_logits_that_change_before_the_backward_pass_are_an_error() -> None:
     logits, targets = rows(4, 60)
     loss = cross_entropy(scaled := logits * 2.0, targets)

@@ -192,6 +192,27 @@ def test_a_frozen_trunk_trains_the_head() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, (weight, bias)), expected)
 
 
+class Dropped(torch.autograd.Function):
+    """Passes on a loss and no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_whose_gradient_is_dropped_gives_none(reduction: str) -> None:
+    hidden, weight, targets = head()
+    loss = Dropped.apply(linear_cross_entropy(hidden, weight, targets, reduction=reduction))
+    (loss.sum() + hidden.sum()).backward()
+    assert weight.grad is None
+    assert torch.equal(hidden.grad, torch.ones_like(hidden))
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_reference_refuses_second_derivatives_and_repeats_its_backward_pass_to_the_bit(reduction: str) -> None:

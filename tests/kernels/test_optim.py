@@ -138,6 +138,53 @@ def test_parameters_that_moved_are_found_where_they_are(implementation: str) -> 
 
 
 @both
+def test_a_parameter_that_is_laid_out_anew_where_it_was_is_stepped_there_alone(implementation: str) -> None:
+    memory, parameter = torch.ones(4, 5), nn.Parameter(torch.empty(2, 3))
+    optimizer = AdamW([parameter], lr=0.5, weight_decay=0.0, implementation=implementation)
+    for view in (memory.view(-1)[:6].view(2, 3), memory[:2, :3]):  # one place, one length
+        memory.fill_(1.0)
+        parameter.data, parameter.grad = view, torch.ones(2, 3)
+        optimizer.step()
+    expected = torch.ones(4, 5)
+    expected[:2, :3] = 0.5
+    torch.testing.assert_close(memory, expected)
+
+
+@both
+def test_parameters_may_be_swapped_between_steps(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Linear(4, 4)
+    optimizer = AdamW(module.parameters(), lr=0.1, implementation=implementation)
+    train(optimizer, 1)
+    optimizer.zero_grad()
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    module.to(BFLOAT16)
+    before = module.weight.detach().clone()
+    train(optimizer, 1, first=1)
+    assert (module.weight != before).all()
+
+
+@both
+def test_low_bits_of_a_parameter_that_is_bfloat16_no_longer_are_dropped(implementation: str) -> None:
+    parameter = nn.Parameter(torch.ones(16, dtype=BFLOAT16))
+    optimizer = AdamW([parameter], lr=0.1, rounding="low bits", implementation=implementation)
+    train(optimizer, 1)
+    parameter.grad = None
+    parameter.data = parameter.data.float()
+    train(optimizer, 1, first=1)
+    assert "low_bits" not in optimizer.state[parameter]
+    assert (parameter - 1.0).abs().max() < 0.3
+
+
+@both
+def test_a_backward_pass_through_parameters_that_were_stepped_since_is_an_error(implementation: str) -> None:
+    parameter, x = nn.Parameter(torch.ones(8)), torch.ones(8, requires_grad=True)
+    loss = (parameter * x).sum()
+    train(AdamW([parameter], implementation=implementation), 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@both
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "low bits"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, BFLOAT16])
 def test_bfloat16_training_stays_near_float64s_and_gives_the_same_twice(
@@ -196,6 +243,25 @@ def test_clipping_scales_the_gradients_as_they_are_read_and_leaves_them_as_they_
         theirs.step()
         assert all(torch.equal(p.grad, g) for p, g in zip(clipped, before, strict=True) if p.grad is not None)
     assert_equal(clipped, scaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+def test_the_norm_of_16_bit_gradients_is_float32(dtype: torch.dtype) -> None:
+    """In float16 this norm is infinite, and the coefficient 0; in bfloat16 it has three digits."""
+    (parameter,) = parameters(dtype, shapes=((1000,),))
+    parameter.grad = torch.full_like(parameter, 60000.0)
+    coefficient, norm = clip_coefficient([parameter], 1.0)
+    exact = parameter.grad.double().norm()
+    torch.testing.assert_close(norm, exact.float())
+    torch.testing.assert_close(coefficient, (1.0 / exact).float())
+
+
+@both
+def test_a_coefficient_may_have_one_dimension_and_another_dtype(implementation: str) -> None:
+    ours, theirs = parameters(), parameters()
+    train(AdamW(ours, implementation=implementation), 1, clip=torch.tensor([0.5], dtype=torch.float64))
+    train(AdamW(theirs, implementation=implementation), 1, clip=0.5)
+    assert_close(ours, theirs)
 
 
 def test_a_coefficient_leaves_small_gradients_alone() -> None:
@@ -279,6 +345,14 @@ def test_a_bfloat16_run_goes_on_from_its_state_dict_as_if_it_had_not_stopped(
     going_on.load_state_dict(torch.load(file, weights_only=True))
     train(going_on, 3, first=3)
     assert_equal(going_on.param_groups[0]["params"], whole)
+
+
+def test_a_seed_that_the_state_dict_does_not_hold_stays_each_groups_own() -> None:
+    params = parameters()
+    other = torch.optim.AdamW(groups(params))
+    optimizer = AdamW([{**group, "seed": seed} for seed, group in enumerate(groups(params), 5)])
+    optimizer.load_state_dict(other.state_dict())
+    assert [group["seed"] for group in optimizer.param_groups] == [5, 6]
 
 
 def test_how_a_step_is_computed_stays_as_the_optimizer_was_built() -> None:
@@ -456,6 +530,16 @@ def test_parameters_and_gradients_that_cannot_be_stepped_are_refused_by_name() -
     train(other, 1)
     optimizer.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"state of a parameter has shape \(3,\); it must be \(2,\)"):
+        optimizer.step()
+    optimizer.state[params[0]]["exp_avg"] = torch.zeros(2, device="meta")
+    with pytest.raises(ValueError, match=r"state of a parameter is on meta and the parameter on cpu"):
+        optimizer.step()
+    params[0].data = torch.ones(500)  # PyTorch keeps the gradient, of which a kernel would read past the end
+    with pytest.raises(ValueError, match=r"gradient of a parameter of shape \(500,\) on cpu has shape \(2,\)"):
+        optimizer.step()
+    params[0].grad, params[0].grad_dtype = None, torch.float64
+    params[0].grad = torch.ones(500, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"has dtype torch.float64 and the parameter torch.float32"):
         optimizer.step()
 
 
