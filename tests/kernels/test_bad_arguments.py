@@ -206,3 +206,19 @@ def test_logits_whose_square_is_infinite_have_a_loss_where_there_is_no_z_loss() 
     loss = linear_cross_entropy(0.0 * X, W, LABELS, bias=bias)
     assert isinstance(loss, torch.Tensor)
     torch.testing.assert_close(loss, torch.tensor(math.log(5)))
+
+
+@pytest.mark.parametrize("softcap", [1e4, 1e8, 1e15])
+def test_a_softcap_far_above_the_logits_leaves_them_alone(softcap: float) -> None:
+    logits, targets = torch.randn(4, 100, requires_grad=True), torch.arange(4)
+    capped, free = (cross_entropy(logits, targets, softcap=cap) for cap in (softcap, None))
+    assert isinstance(capped, torch.Tensor)
+    assert isinstance(free, torch.Tensor)
+    torch.testing.assert_close(capped, free, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (capped, free)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_a_clip_of_many_dimensions_is_one_number() -> None:
+    param = adamw(X, X, X, X, step=1, clip=torch.full((1, 1, 1), 0.5))[0]
+    torch.testing.assert_close(param, adamw(X, X, X, X, step=1, clip=0.5)[0])
