@@ -658,8 +658,8 @@ if HAS_TRITON:
         # Before the sums, whose barriers keep it before the stores: the gradient may go over the logits.
         z_target = _target_z(logits_ptr, target, counts, classes, softcap, HAS_SOFTCAP)
         # There are 64 registers for 32 elements and all else. Two halves, so that those of one are free again before
-        # the gradient of the other is begun; and the loss last: with these nothing spills, but six registers on Hopper with a
-        # softcap at the widest row.
+        # the gradient of the other is begun; and the loss last: with these nothing spills, but six registers on Hopper
+        # with a softcap at the widest row.
         HALF: tl.constexpr = BLOCK_COLUMNS // 2
         left = tl.arange(0, HALF)
         right = HALF + left
