@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from tilewright.kernels import flash_attention
 from tilewright.kernels.attention_cpu import packed_cpu
 from tilewright.kernels.autocast import to_lower_precision
-from tilewright.kernels.checks import check_float, check_same, check_shape
+from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors, is_number, is_whole
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
@@ -120,8 +120,11 @@ def _check(
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
 ) -> None:
+    check_tensors("attention", q=q, k=k, v=v)
     check_float("attention", q=q, k=k, v=v, sinks=sinks)
     check_same("attention", "q", q, k=k, v=v)
+    if cu_seqlens is not None:
+        check_tensors("attention", cu_seqlens=cu_seqlens)
     layout = "(batch, seq, heads, head_dim)" if cu_seqlens is None else "(total_tokens, heads, head_dim)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != (4 if cu_seqlens is None else 3):
@@ -151,8 +154,8 @@ def _check_documents(q: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int 
             f"attention: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; "
             "it must be int32 of shape (documents + 1,)"
         )
-    if max_seqlen is not None and max_seqlen < 0:
-        raise ValueError(f"attention: max_seqlen is {max_seqlen}; it must not be negative")
+    if max_seqlen is not None and not (is_whole(max_seqlen) and max_seqlen >= 0):
+        raise ValueError(f"attention: max_seqlen is {max_seqlen!r}; it must be a whole number, and not negative")
     # Reading values on a GPU would wait for it, and under torch.compile there are none to read.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[0] or bool((cu_seqlens.diff() < 0).any()):
@@ -166,12 +169,12 @@ def _check_documents(q: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int 
 
 
 def _check_options(scale: float | None, window: int | None, softcap: float | None) -> None:
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"attention: scale is {scale}; it must be finite, or None for 1 / sqrt(head_dim)")
-    if window is not None and (isinstance(window, float) or window < 1):
-        raise ValueError(f"attention: window is {window}; it must be a whole number of keys, at least 1, or None")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"attention: softcap is {softcap}; it must be finite and above 0, or None")
+    if scale is not None and not is_number(scale):
+        raise ValueError(f"attention: scale is {scale!r}; it must be finite, or None for 1 / sqrt(head_dim)")
+    if window is not None and not (is_whole(window) and window >= 1):
+        raise ValueError(f"attention: window is {window!r}; it must be a whole number of keys, at least 1, or None")
+    if softcap is not None and not (is_number(softcap) and softcap > 0.0):
+        raise ValueError(f"attention: softcap is {softcap!r}; it must be finite and above 0, or None")
 
 
 def reference(

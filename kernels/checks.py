@@ -17,8 +17,8 @@ def is_number(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether an option is a Python integer that fits 64 bits."""
-    return isinstance(value, int) and is_number(value)
+    """Whether an option is an integer of Python, or of a graph being traced, that fits 64 bits."""
+    return isinstance(value, torch.SymInt) or (isinstance(value, int) and is_number(value))
 
 
 def check_tensors(op: str, **tensors: Any) -> None:

@@ -19,6 +19,7 @@ from tilewright.kernels import (
     Llama3Scaling,
     YarnScaling,
     adamw,
+    attention,
     choose,
     clip_coefficient,
     cross_entropy,
@@ -41,7 +42,6 @@ NO_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "None": lambda x: None,
 }
 NO_NUMBERS = [None, "1", [1.0], 1j, True, numpy.float32(0.5), torch.tensor(1.0), 10**30, math.nan, math.inf]
-WITHOUT_ATTENTION = tuple(spec for spec in SPECS if spec.name != "attention")  # which has a test file of its own
 
 
 @pytest.fixture(params=["triton", "reference"], autouse=True)
@@ -57,7 +57,7 @@ def fullest(spec: OpSpec) -> Sample:
 
 
 @pytest.mark.parametrize("kind", NO_TENSORS)
-@pytest.mark.parametrize("spec", WITHOUT_ATTENTION, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_what_is_no_tensor_is_refused_by_name(spec: OpSpec, kind: str) -> None:
     sample, parameters = fullest(spec), inspect.signature(spec.function).parameters
     for name, x in sample.tensors.items():
@@ -68,7 +68,7 @@ def test_what_is_no_tensor_is_refused_by_name(spec: OpSpec, kind: str) -> None:
             spec.function(**{**sample.tensors, name: given}, **sample.options)
 
 
-@pytest.mark.parametrize("spec", WITHOUT_ATTENTION, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_a_sparse_tensor_is_refused_by_name(spec: OpSpec) -> None:
     sample = fullest(spec)
     for name in sample.tensors.keys() - {"clip"}:
@@ -80,7 +80,14 @@ X, W, LABELS = torch.ones(3, 8), torch.ones(5, 8), torch.zeros(3, dtype=torch.in
 TABLE = torch.ones(3, 4)
 
 
+Q = torch.ones(4, 2, 8)
+STARTS = torch.tensor([0, 4], dtype=torch.int32)
+
 OPTIONS: list[tuple[str, str, Callable[[Any], Any]]] = [
+    ("attention", "scale", lambda v: attention(Q[None], Q[None], Q[None], scale=v)),
+    ("attention", "window", lambda v: attention(Q[None], Q[None], Q[None], window=v)),
+    ("attention", "softcap", lambda v: attention(Q[None], Q[None], Q[None], softcap=v)),
+    ("attention", "max_seqlen", lambda v: attention(Q, Q, Q, cu_seqlens=STARTS, max_seqlen=v)),
     ("rms_norm", "eps", lambda v: rms_norm(X, eps=v)),
     ("rms_norm", "weight_offset", lambda v: rms_norm(X, X[0], weight_offset=v)),
     ("qk_norm_rotary", "eps", lambda v: qk_norm_rotary(X[None], X[None], X[0], X[0], TABLE, TABLE, eps=v)),
@@ -117,7 +124,7 @@ OPTIONS: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("Attention", "num_heads", lambda v: nn.Attention(8, v)),
     ("LinearCrossEntropyLoss", "num_classes", lambda v: nn.LinearCrossEntropyLoss(8, v)),
 ]
-MAY_BE_NONE = {"softcap", "clip", "mscale"}
+MAY_BE_NONE = {"scale", "window", "max_seqlen", "softcap", "clip", "mscale"}
 # A tensor may hold the learning rate or the clip; no norm is too large to be left alone.
 ALLOWED_ELSEWHERE = {("AdamW", "lr"), ("AdamW", "clip"), ("adamw", "clip"), ("clip_coefficient", "max_norm")}
 
