@@ -33,7 +33,7 @@ def to_lower_precision(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 def to_float32(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The 16-bit tensors in float32 where autocast is enabled on CUDA, else as they are: what PyTorch does for
     ``layer_norm`` and ``rms_norm``, which on CPU it leaves alone. Differentiable; others and None pass through."""
-    if not torch.is_autocast_enabled("cuda"):
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled("cuda"):
         return tensors
     return tuple(
         x.float() if isinstance(x, torch.Tensor) and x.is_cuda and x.dtype in _AUTOCAST else x for x in tensors

@@ -13,6 +13,8 @@ _NUMBERS = (int, float)
 
 def is_number(value: Any) -> bool:
     """Whether an option is a Python number, below 2⁶³ in size and so neither infinite nor NaN."""
+    if type(value) is float:  # the usual case, and quickly
+        return -(2.0**63) < value < 2.0**63
     return isinstance(value, _NUMBERS) and not isinstance(value, bool) and -(2.0**63) < value < 2.0**63
 
 
@@ -35,8 +37,9 @@ def check_float(op: str, **tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if getattr(tensor, "dtype", None) not in FLOATS or tensor.layout is not torch.strided:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
             check_tensors(op, **{name: tensor})
+        if tensor.dtype not in FLOATS:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; it must be float32, float16, bfloat16 or float64")
 
 
@@ -48,11 +51,10 @@ def check_shape(op: str, name: str, tensor: torch.Tensor | None, shape: tuple[in
 
 def check_same(op: str, first: str, x: torch.Tensor, *, dtype: bool = True, **others: torch.Tensor | None) -> None:
     """Every tensor given stands on the device of `x` and, unless told otherwise, has its dtype."""
-    device = x.device
     for name, other in others.items():
         if other is None:
             continue
-        if other.device != device:
-            raise ValueError(f"{op}: {name} is on {other.device} and {first} on {device}; move one to the other")
-        if dtype and other.dtype != x.dtype:
+        if other.device != x.device:
+            raise ValueError(f"{op}: {name} is on {other.device} and {first} on {x.device}; move one to the other")
+        if dtype and other.dtype is not x.dtype:
             raise ValueError(f"{op}: {name} has dtype {other.dtype} and {first} {x.dtype}; convert one to the other")

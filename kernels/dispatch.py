@@ -74,10 +74,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """
     if not isinstance(device, torch.device):
         raise ValueError(f"choose: device is {device!r}; it must be a torch.device")
-    if device.type == "meta":  # shapes alone, whatever is demanded
+    kind = device.type
+    if kind == "meta":  # shapes alone, whatever is demanded
         return _ON_META
     if _mode == "auto":
-        if device.type != "cuda":
+        if kind != "cuda":
             return _OFF_CUDA
         if not HAS_TRITON:
             return _WITHOUT_TRITON
@@ -88,7 +89,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
         raise ValueError(f"TILEWRIGHT_KERNELS is {_mode!r} in the environment; it must be one of {', '.join(MODES)}")
     if not HAS_TRITON:
         raise ValueError("the Triton kernels are demanded, but triton is not installed: pip install triton")
-    if device.type == "cpu" and not INTERPRETED and not ahead_of_time():
+    if kind == "cpu" and not INTERPRETED and not ahead_of_time():
         raise ValueError(
             "the Triton kernels are demanded for CPU tensors, which they take only in Triton's interpreter: "
             "set TRITON_INTERPRET=1 before Python starts, or use('auto')"

@@ -30,13 +30,15 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.overload(*args)
-        refuse_transforms(self.name)
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            refuse_transforms(self.name)
         wants_gradient = False
         for x in args:
             if isinstance(x, torch.Tensor):
                 if type(x) not in _PLAIN:  # FakeTensor, DTensor and other subclasses
                     return self.overload(*args)
-                wants_gradient = wants_gradient or x.requires_grad
+                if x.requires_grad:
+                    wants_gradient = True
         if torch._C._len_torch_dispatch_stack():  # selective checkpointing, FLOP counters, tracers
             return self.overload(*args)
         if wants_gradient and self.differentiable is not None and torch.is_grad_enabled():
@@ -77,11 +79,12 @@ def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
 def _on_the_tensors_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """`launch` on the device of its first argument: Triton launches on the current device, whatever its tensors'."""
 
-    def on_device(first: torch.Tensor, *rest: Any) -> Any:
+    def on_device(*args: Any) -> Any:
+        first = args[0]
         if not first.is_cuda or first.device.index == torch.cuda.current_device():
-            return launch(first, *rest)
+            return launch(*args)
         with torch.cuda.device(first.device):
-            return launch(first, *rest)
+            return launch(*args)
 
     return on_device
 

@@ -62,18 +62,24 @@ def rms_norm(
             argument.
     """
     x, weight, residual = to_float32(x, weight, residual)
-    check_tensors("rms_norm", x=x)
+    if not isinstance(x, torch.Tensor):
+        check_tensors("rms_norm", x=x)
     check_float("rms_norm", x=x, weight=weight, residual=residual)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}; it must be (…, width) with a width of at least 1")
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"rms_norm: x has shape {tuple(shape)}; it must be (…, width) with a width of at least 1")
     if not (is_number(eps) and eps >= 0):
         raise ValueError(f"rms_norm: eps is {eps!r}; it must be at least 0 and below 2⁶³")
     if not is_number(weight_offset):
-        raise ValueError(f"rms_norm: weight_offset is {weight_offset!r}; it must be a number below 2⁶³ in size")
-    check_shape("rms_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
-    check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
-    check_same("rms_norm", "x", x, residual=residual)
-    check_same("rms_norm", "x", x, dtype=weight is not None and weight.dtype != torch.float32, weight=weight)
+        raise ValueError(
+            f"rms_norm: weight_offset is {weight_offset!r}; it must be a number, finite and below 2⁶³ in size"
+        )
+    if weight is not None:
+        check_shape("rms_norm", "weight", weight, shape[-1:], "the last dimension of x")
+        check_same("rms_norm", "x", x, dtype=weight.dtype != torch.float32, weight=weight)
+    if residual is not None:
+        check_shape("rms_norm", "residual", residual, shape, "the shape of x")
+        check_same("rms_norm", "x", x, residual=residual)
     if not runs_triton(x):
         return reference(x, weight, eps=eps, weight_offset=weight_offset, residual=residual)
     y, summed, _ = _forward_op(x, weight, residual, eps, weight_offset)
@@ -295,11 +301,11 @@ if HAS_TRITON:
 def _launch_forward(
     x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None, eps: float, weight_offset: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     summed = torch.empty_like(y) if residual is not None else x.new_empty(0)
     width = x.shape[-1]
     rows = x.numel() // width
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = x.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return y, summed, rstd
     x_rows = as_rows(x)

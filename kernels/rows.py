@@ -59,7 +59,7 @@ class Division(NamedTuple):
     @property
     def padded_parts(self) -> int:
         """The constexpr PARTS of `load_parts`."""
-        return int(triton.next_power_of_2(self.column_blocks))
+        return 1 << (self.column_blocks - 1).bit_length()
 
     def sums(self, device: torch.device) -> torch.Tensor:
         """Room for the sum that each program takes over its rows, for `sum_over_programs`."""
@@ -72,29 +72,28 @@ def divide(rows: int, width: int, table: LaunchTable, device: torch.device) -> D
     Its configurations state BLOCK_COLUMNS, the most columns of one block; BLOCK_ELEMENTS, the most elements of one
     block; and PROGRAMS, how many programs share a processor.
     """
+    # Plain integers: triton.cdiv and next_power_of_2 take a microsecond each, and this runs at every launch.
     configuration = table.pick(width, device)
-    most_columns, elements, programs = (
-        configuration.blocks[n] for n in ("BLOCK_COLUMNS", "BLOCK_ELEMENTS", "PROGRAMS")
-    )
-    stages = configuration.num_stages
+    blocks, stages = configuration.blocks, configuration.num_stages
+    most_columns, elements, programs = blocks["BLOCK_COLUMNS"], blocks["BLOCK_ELEMENTS"], blocks["PROGRAMS"]
     if width % 16:
         # Triton moves 16 bytes at once, and past registers, where it knows that rows are aligned: at multiples of 16.
         # In others each element has an address of its own; registers then hold one block in flight, and a smaller one.
         most_columns, elements, stages = min(most_columns, 8192), elements // 2, 1
-    block_columns = min(triton.next_power_of_2(width), most_columns)
+    block_columns = min(1 << (width - 1).bit_length(), most_columns)
     block_rows = max(1, elements // block_columns)
-    column_blocks = triton.cdiv(width, block_columns)
-    row_blocks = triton.cdiv(rows, block_rows)
-    most = triton.cdiv(programs * processors(device), column_blocks)
+    column_blocks = -(-width // block_columns)
+    row_blocks = -(-rows // block_rows)
+    most = -(-programs * processors(device) // column_blocks)
     # The fewest programs that are done as soon as `most` would be: each has weights to read and sums to leave.
-    programs = triton.cdiv(row_blocks, triton.cdiv(row_blocks, most))
+    programs = -(-row_blocks // -(-row_blocks // most))
     options = {
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
         "STAGES": stages,
         "num_warps": configuration.num_warps,
     }
-    return Division(programs, column_blocks, 16 * triton.cdiv(width, 16), options)
+    return Division(programs, column_blocks, -(-width // 16) * 16, options)
 
 
 def row_stride(rows: torch.Tensor | None) -> int:
@@ -107,7 +106,7 @@ def sum_over_programs(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Te
     assert sums is not None
     total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     width = like.shape[0]
-    _sum_over_programs[(triton.cdiv(width, 64),)](
+    _sum_over_programs[(-(-width // 64),)](
         sums, total, sums.stride(0), sums.shape[0], width, BLOCK_PROGRAMS=64, BLOCK_COLUMNS=64, num_warps=8
     )
     return total
