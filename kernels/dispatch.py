@@ -101,6 +101,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     return _DEMANDED_TRITON
 
 
+def demanded() -> bool:
+    """Whether use() or TILEWRIGHT_KERNELS names an implementation, so that nothing else may be chosen."""
+    return _mode != "auto"
+
+
 def runs_triton(x: torch.Tensor) -> bool:
     """Whether the Triton kernels serve a call whose tensors are like `x`."""
     return choose(x.device, x.dtype).implementation == "triton"

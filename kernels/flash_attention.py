@@ -96,7 +96,7 @@ def choose(
 ) -> Choice:
     """`choose_attention`, once autocast has been seen to."""
     choice = dispatch.choose(q.device, q.dtype)
-    if choice.implementation != "triton" or dispatch._mode != "auto":
+    if choice.implementation != "triton" or dispatch.demanded():
         return choice
     refusals = []
     for name in _candidates(q.device):

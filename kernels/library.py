@@ -30,6 +30,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.overload(*args)
+        # Asked here too, where asking costs no call.
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             refuse_transforms(self.name)
         wants_gradient = False
