@@ -1,7 +1,7 @@
 """What the contract cannot see of cross-entropy: extreme rows, one read of the logits, bad targets."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -175,31 +175,6 @@ def test_loss_scaling_saves_small_float16_gradients() -> None:
 
 
 # Bytes that the kernels issue, counted in the interpreter.
-
-
-@pytest.fixture
-def issued(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """Bytes loaded and stored so far."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    total = 0
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def count(pointers: Any, mask: Any) -> None:
-        nonlocal total
-        total += int(mask.data.sum()) * max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-
-    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        count(pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        count(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-    return lambda: total
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
