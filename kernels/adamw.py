@@ -40,7 +40,7 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import register
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import accumulation_dtype
 
 if HAS_TRITON:
@@ -648,10 +648,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(apart.label, {**tensors, "grad": tensors["grad"][:1].expand(9, 33)}, apart.options, state)
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    rows = 16 if small else 4096
+
     def sample(label: str, param: torch.dtype, state: torch.dtype, **options: object) -> Sample:
         shapes = {"param": param, "grad": param, "exp_avg": state, "exp_avg_sq": state}
-        tensors = {name: torch.empty(4096, 4096, dtype=kind) for name, kind in shapes.items()}
+        tensors = {name: torch.empty(rows, 4096, dtype=kind) for name, kind in shapes.items()}
         return Sample(label, tensors, {"step": 7, **options})
 
     yield sample("float32", torch.float32, torch.float32)
@@ -661,12 +663,19 @@ def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
         yield sample("bfloat16, stochastic", dtype, torch.float32, stochastic=True)
         yield sample("bfloat16, bfloat16 state, stochastic", dtype, torch.bfloat16, stochastic=True)
         kept = sample("bfloat16, low bits", dtype, torch.float32)
-        tensors = {**kept.tensors, "low_bits": torch.empty(4096, 4096, dtype=torch.int16)}
+        tensors = {**kept.tensors, "low_bits": torch.empty(rows, 4096, dtype=torch.int16)}
         yield Sample(kept.label, tensors, kept.options)
         # One element more than a whole number of vectors.
         odd = {name: torch.empty(4097, dtype=dtype) for name in ("param", "grad")}
         odd |= {name: torch.empty(4097, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
         yield Sample("bfloat16, stochastic, odd", odd, {"step": 7, "stochastic": True})
+
+
+def _work(sample: Sample) -> Passes:
+    """Parameter and state in and out, the gradient in."""
+    moved = 2 * sample.nbytes("param", "exp_avg", "exp_avg_sq", "low_bits") + sample.nbytes("grad", "clip")
+    # Per element: 3 for m, 4 for v, 5 for the update with its root and quotient, 3 for the decay and the sum.
+    return Passes(Work(15 * sample.tensors["param"].numel(), moved))
 
 
 SPEC = OpSpec(
@@ -675,11 +684,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    # Per element: 3 for m, 4 for v, 5 for the update with its root and quotient, 3 for the decay and the sum.
-    flops=lambda sample: 15 * sample.tensors["param"].numel(),
-    compulsory_bytes=lambda sample: (
-        2 * sample.nbytes("param", "exp_avg", "exp_avg_sq", "low_bits") + sample.nbytes("grad", "clip")
-    ),
+    work=_work,
     tables={"wide loads": _WIDE_LOADS, "narrow loads": _NARROW_LOADS},
     # Each tensor is one run of memory; that elements past 2³¹ are found is tested with the tables themselves.
     strided=(),

@@ -47,7 +47,8 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import accumulation_dtype
 
 if HAS_TRITON:
@@ -1103,24 +1104,46 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("everything, packed, full", {**packed((80, 0, 1)), **sinks}, {**everything, "causal": False})
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for head_dim in (64, 128, 256):
-        q = torch.empty(1, 8192, 16, head_dim, dtype=dtype)
-        kv = q.new_empty(1, 8192, 4, head_dim)
-        for causal in (True, False):
-            yield Sample(f"8192x{head_dim} causal={causal}", {"q": q, "k": kv, "v": kv.clone()}, {"causal": causal})
-        starts = torch.tensor([0, 4096, 8192], dtype=torch.int32)
-        packed = {"q": q[0], "k": kv[0], "v": kv[0].clone(), "cu_seqlens": starts}
-        yield Sample(f"8192x{head_dim} packed", packed, {"max_seqlen": 4096})
-        if head_dim == 256:
-            continue
-        dense = {"q": q, "k": kv, "v": kv.clone()}
-        sinks = {"sinks": q.new_empty(q.shape[2])}
-        yield Sample(f"8192x{head_dim} window", dense, {"window": 1024})
-        yield Sample(f"8192x{head_dim} softcap", dense, {"softcap": 50.0})
-        yield Sample(f"8192x{head_dim} sinks", {**dense, **sinks})
-        everything = {"window": 1024, "softcap": 50.0, "max_seqlen": 4096}
-        yield Sample(f"8192x{head_dim} packed with window, softcap and sinks", {**packed, **sinks}, everything)
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    heads_of = {model.name: (model.heads, model.kv_heads, model.head_dim) for model in MODELS}
+    heads_of |= {"head_dim 256": (16, 4, 256)}
+    for name, (heads, kv_heads, head_dim) in heads_of.items():
+        for length_name, sequences, length in batches(small=False):
+            # What is computed for one head shows it for all, but not what is computed of one sequence for another.
+            if small:
+                heads, kv_heads, sequences = 1, 1, 1
+            q = torch.empty(sequences, length, heads, head_dim, dtype=dtype)
+            kv = q.new_empty(sequences, length, kv_heads, head_dim)
+            dense = {"q": q, "k": kv, "v": torch.empty_like(kv)}
+            # 32k takes the interpreter minutes, and has the least to show: fewer pairs are masked, the longer it is.
+            if not (small and length_name == "32k"):
+                yield Sample(f"{name} {length_name}", dense)
+            if small or length_name != "8k" or name not in ("1B", "8B", "head_dim 256"):
+                continue
+            yield Sample(f"{name} {length_name}, full", dense, {"causal": False})
+            starts = torch.tensor([0, length // 2, length], dtype=torch.int32)
+            packed = {"q": q[0], "k": kv[0], "v": torch.empty_like(kv[0]), "cu_seqlens": starts}
+            yield Sample(f"{name} {length_name}, packed", packed, {"max_seqlen": length // 2})
+            if head_dim == 256:
+                continue
+            sinks = {"sinks": q.new_empty(heads)}
+            yield Sample(f"{name} {length_name}, window", dense, {"window": 1024})
+            yield Sample(f"{name} {length_name}, softcap", dense, {"softcap": 50.0})
+            yield Sample(f"{name} {length_name}, sinks", {**dense, **sinks})
+            everything = {"window": 1024, "softcap": 50.0, "max_seqlen": length // 2}
+            yield Sample(
+                f"{name} {length_name}, packed with window, softcap and sinks", {**packed, **sinks}, everything
+            )
+
+
+def _work(sample: Sample) -> Passes:
+    """Forward: q, k, v and sinks in, the output out. Backward: these, the output and its gradient in; gradients out.
+
+    Backward needs five matrix products to forward's two: one of each is the same.
+    """
+    inputs = sample.nbytes("q", "k", "v", "sinks")
+    flops = _flops(sample)
+    return Passes(Work(flops, inputs + sample.nbytes("q")), Work(5 * flops // 2, 2 * inputs + 2 * sample.nbytes("q")))
 
 
 def _flops(sample: Sample) -> int:
@@ -1145,8 +1168,8 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=_flops,
-    compulsory_bytes=lambda sample: 2 * sample.nbytes("q") + sample.nbytes("k", "v", "sinks"),
+    work=_work,
+    matmuls={"_forward": 2, "_backward_dkv": 4, "_backward_dq": 3},
     strided=("q", "k", "v"),
     tables={"forward": _FORWARD, "backward dkv": _BACKWARD_DKV, "backward dq": _BACKWARD_DQ},
 )

@@ -35,7 +35,8 @@ from tilewright.kernels.checks import check_float, check_same, check_tensors, is
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import accumulation_dtype, as_rows
 from tilewright.kernels.vocabulary_parallel import Shard, check_group, shard_of, whole_rows
 
@@ -988,13 +989,34 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("sure of the target", sure, {"reduction": "sum"})
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
-    for classes in (32000, 32768, 131072, 262144):
-        tensors = {"logits": torch.empty(4096, classes, dtype=dtype), "targets": torch.zeros(4096, dtype=torch.int64)}
-        yield Sample(f"4096x{classes}", tensors)
-        if classes in (32768, 262144):
-            yield Sample(f"4096x{classes}, all options", tensors, options)
+    vocabularies = {model.name: model.vocabulary for model in MODELS}
+    vocabularies |= {f"{classes:,} classes": classes for classes in (32000, 32768, 262144)}
+    for name, classes in vocabularies.items():
+        for length_name, sequences, length in batches(small):
+            if length_name != "2k" and "classes" in name:
+                continue
+            # A row is a program's whole work: two of them show it.
+            rows = 2 if small else sequences * length
+            tensors = {
+                "logits": torch.empty(rows, classes, dtype=dtype),
+                "targets": torch.zeros(rows, dtype=torch.int64),
+            }
+            yield Sample(f"{name} {length_name}", tensors)
+            if length_name == "2k":
+                yield Sample(f"{name} {length_name}, all options", tensors, options)
+
+
+def _work(sample: Sample) -> Passes:
+    """Logits and targets in, a number of each row out; backward, the logits in again and their gradient out."""
+    logits, targets = sample.tensors["logits"], sample.tensors["targets"]
+    inputs = sample.nbytes("logits", "targets")
+    return Passes(
+        Work(5 * logits.numel(), inputs + 4 * targets.numel()),
+        Work(4 * logits.numel(), inputs + logits.nbytes),
+        common=Work(2 * logits.numel(), inputs),
+    )
 
 
 SPEC = OpSpec(
@@ -1003,8 +1025,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=lambda sample: 5 * sample.tensors["logits"].numel(),
-    compulsory_bytes=lambda sample: sample.nbytes("logits", "targets") + 4 * sample.tensors["targets"].numel(),
+    work=_work,
     strided=("logits",),
     tables={"whole row": _WHOLE_ROW, "columns": _COLUMNS},
 )

@@ -27,7 +27,8 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import Op, differentiate, refuse_double_backward, register
-from tilewright.kernels.opspec import Sample
+from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.opspec import Passes, Sample, Work
 from tilewright.kernels.rows import as_rows
 
 if HAS_TRITON:
@@ -232,14 +233,23 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("expanded", {"gate": normal(1, 300).expand(9, 300), "up": normal(9, 300)})
 
 
-def audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    """Widths of small and large models, separate and fused."""
-    for width in (1408, 8192, 14336):
-        fused = torch.empty(4096, 2 * width, dtype=dtype)
-        yield Sample(f"4096x{width} fused", {"gate": fused})
-        yield Sample(f"4096x{width}", {"gate": fused.new_empty(4096, width), "up": fused.new_empty(4096, width)})
+def audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    """The feed-forward widths of real models, separate and fused."""
+    for model in MODELS:
+        for length_name, sequences, length in batches(small):
+            fused = torch.empty(sequences, length, 2 * model.hidden, dtype=dtype)
+            gate = fused.new_empty(sequences, length, model.hidden)
+            yield Sample(f"{model.name} {length_name}, fused", {"gate": fused})
+            yield Sample(f"{model.name} {length_name}", {"gate": gate, "up": torch.empty_like(gate)})
 
 
-def compulsory_bytes(sample: Sample) -> int:
-    """gate and up in, y out, which is half as large."""
-    return 3 * sample.nbytes("gate", "up") // 2
+def work_of(sample: Sample, flops: int) -> Passes:
+    """gate and up in, y out, which is half as large; backward reads all three and writes two.
+
+    Args:
+        sample: the call.
+        flops: operations for one element of y, forward; backward also needs the slope, and three products more.
+    """
+    inputs = sample.nbytes("gate", "up")
+    elements = sum(x.numel() for x in sample.tensors.values()) // 2
+    return Passes(Work(flops * elements, 3 * inputs // 2), Work((2 * flops + 3) * elements, 5 * inputs // 2))

@@ -29,10 +29,10 @@ from tilewright.kernels.gated import (
     TABLE,
     audit_samples,
     check_gated,
-    compulsory_bytes,
     halves,
     register_gated,
     samples,
+    work_of,
 )
 from tilewright.kernels.opspec import OpSpec, Sample
 
@@ -102,8 +102,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         yield dataclasses.replace(sample, label=f"{sample.label}, tanh", options={"approximate": "tanh"})
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for sample in audit_samples(dtype):
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    for sample in audit_samples(dtype, small):
         yield sample
         yield dataclasses.replace(sample, label=f"{sample.label}, tanh", options={"approximate": "tanh"})
 
@@ -115,8 +115,7 @@ SPEC = OpSpec(
     samples=_samples,
     audit_samples=_audit_samples,
     # Per element: the error function as one operation, scaling it and its argument, a sum and two products.
-    flops=lambda sample: 6 * sum(x.numel() for x in sample.tensors.values()) // 2,
-    compulsory_bytes=compulsory_bytes,
+    work=lambda sample: work_of(sample, flops=6),
     strided=("gate", "up"),
     tables={"elementwise": TABLE},
 )

@@ -77,18 +77,28 @@ class LaunchTable:
             self._forced = None
 
 
+# Streaming multiprocessors by generation: A100, H100 SXM, B200.
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+
 _generation_override: int | None = None
+_processors_override: int | None = None
 
 
 @contextmanager
-def as_if_on(chip: int) -> Iterator[None]:
-    """Choose launches as on another generation (80, 90), to compile for a GPU that this machine does not have."""
-    global _generation_override
-    previous, _generation_override = _generation_override, chip
+def as_if_on(chip: int, processors: int | None = None) -> Iterator[None]:
+    """Choose launches as on another generation (80, 90), to compile for a GPU that this machine does not have.
+
+    Args:
+        chip: compute capability × 10.
+        processors: how many streaming multiprocessors it has; those of the generation's known GPU where left out.
+    """
+    global _generation_override, _processors_override
+    previous = _generation_override, _processors_override
+    _generation_override, _processors_override = chip, processors or PROCESSORS.get(chip, 132)
     try:
         yield
     finally:
-        _generation_override = previous
+        _generation_override, _processors_override = previous
 
 
 def ahead_of_time() -> bool:
@@ -105,8 +115,8 @@ def generation(device: torch.device) -> int:
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`: the number of programs that a persistent kernel starts."""
-    if _generation_override is not None:
-        return {80: 108, 90: 132}.get(_generation_override, 132)
+    if _processors_override is not None:
+        return _processors_override
     # The interpreter runs programs one after another; a few are enough to exercise the split of the work.
     return _multi_processors(device.index) if device.type == "cuda" else 4
 

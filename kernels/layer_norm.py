@@ -31,7 +31,8 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import accumulation_dtype, as_rows, divide, row_stride, sum_over_programs
 
 if HAS_TRITON:
@@ -527,12 +528,30 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("expanded", affine(normal(1, 48).expand(9, 48)))
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for width in (768, 2048, 4096, 8191, 8192, 16384, 65536):
-        x = torch.empty(4096, width, dtype=dtype)
-        tensors = {"x": x, "weight": x.new_empty(width), "bias": x.new_empty(width)}
-        yield Sample(f"4096x{width}", tensors)
-        yield Sample(f"4096x{width} residual", {**tensors, "residual": torch.empty_like(x)})
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    widths = {model.name: model.width for model in MODELS} | {
+        f"{width:,} wide": width for width in (8191, 16384, 65536)
+    }
+    for name, width in widths.items():
+        for length_name, sequences, length in batches(small):
+            if length_name != "2k" and "wide" in name:
+                continue
+            x = torch.empty(sequences, length, width, dtype=dtype)
+            tensors = {"x": x, "weight": x.new_empty(width), "bias": x.new_empty(width)}
+            yield Sample(f"{name} {length_name}", tensors)
+            yield Sample(f"{name} {length_name}, residual", {**tensors, "residual": torch.empty_like(x)})
+
+
+def _work(sample: Sample) -> Passes:
+    """Forward: the input and what is added in, the norm and the sum out. Backward: the upstream gradients and the row
+    that was normalised in, its gradient out; the parameters read, and their gradients written."""
+    x = sample.tensors["x"]
+    parameters = sample.nbytes("weight", "bias")
+    row = sample.nbytes("x", "residual")
+    return Passes(
+        Work(7 * x.numel(), 2 * row + parameters),
+        Work(14 * x.numel(), row + 2 * x.nbytes + sample.nbytes("weight") + parameters),
+    )
 
 
 SPEC = OpSpec(
@@ -541,8 +560,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=lambda sample: 7 * sample.tensors["x"].numel(),
-    compulsory_bytes=lambda sample: 2 * sample.nbytes("x", "residual") + sample.nbytes("weight", "bias"),
+    work=_work,
     strided=("x", "residual"),
     tables={"forward": _FORWARD, "backward": _BACKWARD},
 )

@@ -27,7 +27,7 @@ from tilewright.kernels.cross_entropy import SPEC as CROSS_ENTROPY
 from tilewright.kernels.cross_entropy import check_loss_options, check_targets, losses_and_gradient
 from tilewright.kernels.cross_entropy import reference as rows_reference
 from tilewright.kernels.linear_chunks import Gradients, HeadLoss, Wanted, chunk_rows, head_inputs, in_chunks, mean
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import accumulation_dtype
 from tilewright.kernels.vocabulary_parallel import shard_of, whole_rows
 
@@ -190,15 +190,26 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed weight, expanded hidden", transposed)
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
     # The matrix products are PyTorch's, and the Triton kernels those of cross_entropy, on chunks; a small width shows
     # that they are launched. The sum computes its gradient in the forward pass, the rows in a backward pass.
     targets = torch.zeros(128, dtype=torch.int64)
-    for classes in (32000, 262144):
+    for name, classes in {"125M": 50257, "8B": 128256, "262,144 classes": 262144}.items():
         for reduction in ("sum", "none"):
             hidden, weight = torch.zeros(128, 16, dtype=dtype), torch.zeros(classes, 16, dtype=dtype)
             tensors = {"hidden": hidden, "weight": weight, "targets": targets}
-            yield Sample(f"128x16x{classes} {reduction}", tensors, {"reduction": reduction})
+            yield Sample(f"{name}, {reduction}", tensors, {"reduction": reduction})
+
+
+def work_of_linear(sample: Sample, results: int) -> Passes:
+    """One matrix product forward and two backward; operands in, `results` bytes out, and the operands' gradients."""
+    products = 2 * sample.tensors["hidden"].numel() * sample.tensors["weight"].shape[0]
+    operands = sample.nbytes("hidden", "weight", "bias")
+    return Passes(
+        Work(products, operands + sample.nbytes("targets") + results),
+        Work(2 * products, 2 * operands + sample.nbytes("targets")),
+        common=Work(0, operands + sample.nbytes("targets")),
+    )
 
 
 SPEC = OpSpec(
@@ -207,8 +218,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=lambda sample: 2 * sample.tensors["hidden"].numel() * sample.tensors["weight"].shape[0],
-    compulsory_bytes=lambda sample: sample.nbytes("hidden", "weight", "bias", "targets"),
+    work=lambda sample: work_of_linear(sample, results=4),
     strided=("hidden",),
     tables=CROSS_ENTROPY.tables,
 )

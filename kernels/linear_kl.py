@@ -36,7 +36,7 @@ from tilewright.kernels.checks import check_same, check_shape, check_tensors, is
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.linear_chunks import Gradients, HeadLoss, Wanted, chunk_rows, head_inputs, in_chunks, mean
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import accumulation_dtype
 
 if HAS_TRITON:
@@ -453,13 +453,26 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed and expanded", transposed | {"hidden": normal(1, 8).expand(4, 8)})
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
     # The matrix products are PyTorch's; the kernels see chunks of logits, of which the number of classes matters.
-    for classes in (32000, 131072, 262144):
+    for name, classes in {"125M": 50257, "8B": 128256, "262,144 classes": 262144}.items():
         for divergence in DIVERGENCES:
             hidden, weight = torch.zeros(128, 16, dtype=dtype), torch.zeros(classes, 16, dtype=dtype)
             tensors = {"hidden": hidden, "weight": weight, "teacher_hidden": hidden, "teacher_weight": weight}
-            yield Sample(f"128x{classes} {divergence}", tensors, {"divergence": divergence})
+            yield Sample(f"{name}, {divergence}", tensors, {"divergence": divergence})
+
+
+def _work(sample: Sample) -> Passes:
+    """A matrix product of the student and one of the teacher forward, two of the student backward."""
+    classes = sample.tensors["weight"].shape[0]
+    products = 2 * classes * sample.tensors["hidden"].numel()
+    teachers = 2 * classes * sample.tensors["teacher_hidden"].numel()
+    inputs = sample.nbytes(*sample.tensors)
+    return Passes(
+        Work(products + teachers, inputs + 4),
+        Work(2 * products + teachers, inputs + sample.nbytes("hidden", "weight", "bias")),
+        common=Work(teachers, inputs),
+    )
 
 
 SPEC = OpSpec(
@@ -468,12 +481,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=lambda sample: (
-        2
-        * sample.tensors["weight"].shape[0]
-        * (sample.tensors["hidden"].numel() + sample.tensors["teacher_hidden"].numel())
-    ),
-    compulsory_bytes=lambda sample: sample.nbytes(*sample.tensors),
+    work=_work,
     strided=("hidden", "teacher_hidden"),
     tables={"columns": _COLUMNS},
     no_gradient=frozenset({"teacher_hidden", "teacher_weight", "teacher_bias"}),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from tilewright.kernels.cross_entropy import check_loss_options, check_targets
 from tilewright.kernels.linear_chunks import head_inputs
-from tilewright.kernels.linear_cross_entropy import LOSS
+from tilewright.kernels.linear_cross_entropy import LOSS, work_of_linear
 from tilewright.kernels.linear_cross_entropy import SPEC as LINEAR_CROSS_ENTROPY
 from tilewright.kernels.opspec import OpSpec, Sample
 from tilewright.kernels.rows import accumulation_dtype
@@ -101,10 +101,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("batched", batched)
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
     hidden, weight = torch.zeros(128, 16, dtype=dtype), torch.zeros(128256, 16, dtype=dtype)
     tensors = {"hidden": hidden, "weight": weight, "targets": torch.zeros(128, dtype=torch.int64)}
-    yield Sample("128x16x128256", tensors)
+    yield Sample("8B", tensors)
 
 
 SPEC = OpSpec(
@@ -113,8 +113,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=lambda sample: 2 * sample.tensors["hidden"].numel() * sample.tensors["weight"].shape[0],
-    compulsory_bytes=lambda sample: sample.nbytes(*sample.tensors) + 4 * sample.tensors["targets"].numel(),
+    work=lambda sample: work_of_linear(sample, results=4 * sample.tensors["targets"].numel()),
     strided=("hidden",),
     tables=LINEAR_CROSS_ENTROPY.tables,
 )

@@ -34,7 +34,8 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable, processors
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rms_norm import reference as normed
 from tilewright.kernels.rotary import SPEC as ROTARY
 from tilewright.kernels.rotary import batched, check_rotary, turned
@@ -609,30 +610,40 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("heads before tokens, elements apart", {**strided, **tables(4, 256)})
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    shapes = (
-        ("Qwen3 8B", 32, 8, 128, 128, False, False),
-        ("Qwen3 8B, positions", 32, 8, 128, 128, True, False),
-        ("Qwen3 30B-A3B, interleaved", 32, 4, 128, 128, False, True),
-        ("Gemma-3 12B, positions", 16, 8, 256, 256, True, False),
-        ("Gemma-3 1B", 4, 1, 256, 256, False, False),
-        ("16 heads, partly turned", 16, 4, 96, 32, True, False),
-        ("8 heads of 64", 8, 8, 64, 64, False, False),
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    shapes = {
+        model.name: (model.heads, model.kv_heads, model.head_dim, model.head_dim, False, False) for model in MODELS
+    }
+    shapes |= {
+        "Qwen3 8B, positions": (32, 8, 128, 128, True, False),
+        "Qwen3 30B-A3B, interleaved": (32, 4, 128, 128, False, True),
+        "Gemma-3 12B, positions": (16, 8, 256, 256, True, False),
+        "Gemma-3 1B": (4, 1, 256, 256, False, False),
+        "16 heads, partly turned": (16, 4, 96, 32, True, False),
+    }
+    for name, (heads, kv_heads, head_dim, rotary_dim, with_positions, interleaved) in shapes.items():
+        for length_name, sequences, length in batches(small):
+            projected = torch.empty(sequences, length, heads + 2 * kv_heads, head_dim, dtype=dtype)
+            cos, sin = torch.empty(2, length, rotary_dim // 2)
+            q_weight, k_weight = torch.empty(2, head_dim)
+            q, k = projected[..., :heads, :], projected[..., heads : heads + kv_heads, :]
+            tensors = {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
+            if with_positions:
+                tensors["positions"] = torch.zeros(sequences, length, dtype=torch.int64)
+            options = {"interleaved": interleaved}
+            yield Sample(f"{name} {length_name}", tensors, options, frozenset({"q_weight", "k_weight", "cos", "sin"}))
+
+
+def _work(sample: Sample) -> Passes:
+    """What rotary does and moves, the weights in, and for each element its square, the sum, two products and the
+    weight's offset. Backward reads q and k again besides, and writes the weights' gradients."""
+    turned = ROTARY.work(sample).forward
+    weights = sample.nbytes("q_weight", "k_weight")
+    elements = sample.tensors["q"].numel() + sample.tensors["k"].numel()
+    return Passes(
+        Work(turned.flops + 5 * elements, turned.bytes + weights),
+        Work(turned.flops + 10 * elements, turned.bytes + 2 * weights + sample.nbytes("q", "k")),
     )
-    for label, heads, kv_heads, head_dim, rotary_dim, with_positions, interleaved in shapes:
-        projected = torch.empty(2, 2048, heads + 2 * kv_heads, head_dim, dtype=dtype)
-        cos, sin = torch.empty(2, 8192, rotary_dim // 2)
-        q_weight, k_weight = torch.empty(2, head_dim)
-        q, k = projected[..., :heads, :], projected[..., heads : heads + kv_heads, :]
-        tensors = {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
-        if with_positions:
-            tensors["positions"] = torch.empty(2, 2048, dtype=torch.int64)
-        yield Sample(label, tensors, {"interleaved": interleaved}, frozenset({"q_weight", "k_weight", "cos", "sin"}))
-
-
-def _flops(sample: Sample) -> int:
-    """Those of rotary, and for each element its square, the sum, two products and the weight's offset."""
-    return ROTARY.flops(sample) + 5 * (sample.tensors["q"].numel() + sample.tensors["k"].numel())
 
 
 SPEC = OpSpec(
@@ -641,8 +652,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=_flops,
-    compulsory_bytes=lambda sample: ROTARY.compulsory_bytes(sample) + sample.nbytes("q_weight", "k_weight"),
+    work=_work,
     strided=("q", "k"),
     no_gradient=frozenset({"cos", "sin"}),
     tables={"token": _TABLE},

@@ -26,7 +26,8 @@ from tilewright.kernels.checks import check_float, check_tensors
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import as_rows
 
 if HAS_TRITON:
@@ -177,11 +178,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("expanded", {"x": normal(1, 300).expand(9, 300)})
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for width in (3072, 16384):
-        wide = torch.empty(4096, width + 16, dtype=dtype)
-        yield Sample(f"4096x{width}", {"x": wide.new_empty(4096, width)})
-        yield Sample(f"4096x{width}, row stride", {"x": wide[:, :width]})
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    for model in MODELS:
+        for length_name, sequences, length in batches(small):
+            wide = torch.empty(sequences * length, model.hidden + 16, dtype=dtype)
+            x = wide.new_empty(sequences * length, model.hidden)
+            yield Sample(f"{model.name} {length_name}", {"x": x})
+            yield Sample(f"{model.name} {length_name}, row stride", {"x": wide[:, : model.hidden]})
 
 
 SPEC = OpSpec(
@@ -190,8 +193,10 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=lambda sample: 2 * sample.tensors["x"].numel(),
-    compulsory_bytes=lambda sample: 2 * sample.nbytes("x"),
+    work=lambda sample: Passes(
+        Work(2 * sample.tensors["x"].numel(), 2 * sample.nbytes("x")),
+        Work(3 * sample.tensors["x"].numel(), 3 * sample.nbytes("x")),
+    ),
     strided=("x",),
     tables={"elementwise": _TABLE},
 )

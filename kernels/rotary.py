@@ -28,7 +28,8 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rotary_tables import rotary_tables
 from tilewright.kernels.rows import accumulation_dtype
 
@@ -421,33 +422,40 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("expanded", {**expanded, **tables(4, 256)})
 
 
-def _audit_samples(dtype: torch.dtype) -> Iterator[Sample]:
-    shapes = (
-        ("LLaMA-3 8B", 32, 8, 128, 128, False, False),
-        ("LLaMA-3 8B, positions", 32, 8, 128, 128, True, False),
-        ("GPT-2 small, interleaved", 12, 12, 64, 64, False, True),
-        ("Phi-2, positions", 32, 32, 80, 32, True, False),
-        ("GPT-J, positions", 16, 16, 256, 64, True, True),
-    )
-    for label, heads, kv_heads, head_dim, rotary_dim, with_positions, interleaved in shapes:
-        projected = torch.empty(2, 2048, heads + 2 * kv_heads, head_dim, dtype=dtype)
-        cos, sin = torch.empty(2, 8192, rotary_dim // 2)
-        q, k = projected[..., :heads, :], projected[..., heads : heads + kv_heads, :]
-        positions = {"positions": torch.empty(2, 2048, dtype=torch.int64)} if with_positions else {}
-        yield Sample(label, {"q": q, "k": k, "cos": cos, "sin": sin, **positions}, {"interleaved": interleaved})
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    # Positions or not; halves or interleaved; how much of a head is turned.
+    shapes = {
+        model.name: (model.heads, model.kv_heads, model.head_dim, model.head_dim, False, False) for model in MODELS
+    }
+    shapes |= {
+        "8B, positions": (32, 8, 128, 128, True, False),
+        "125M, interleaved": (12, 12, 64, 64, False, True),
+        "Phi-2, positions": (32, 32, 80, 32, True, False),
+        "GPT-J, positions, interleaved": (16, 16, 256, 64, True, True),
+    }
+    for name, (heads, kv_heads, head_dim, rotary_dim, with_positions, interleaved) in shapes.items():
+        for length_name, sequences, length in batches(small):
+            projected = torch.empty(sequences, length, heads + 2 * kv_heads, head_dim, dtype=dtype)
+            cos, sin = torch.empty(2, length, rotary_dim // 2)
+            tensors = {
+                "q": projected[..., :heads, :],
+                "k": projected[..., heads : heads + kv_heads, :],
+                "cos": cos,
+                "sin": sin,
+            }
+            if with_positions:
+                tensors["positions"] = torch.zeros(sequences, length, dtype=torch.int64)
+            yield Sample(f"{name} {length_name}", tensors, {"interleaved": interleaved})
 
 
-def _flops(sample: Sample) -> int:
-    """Four products and two sums for each pair."""
-    heads = sum(sample.tensors[name].shape[:-1].numel() for name in ("q", "k"))
-    return 6 * heads * sample.tensors["cos"].shape[1]
-
-
-def _compulsory_bytes(sample: Sample) -> int:
-    """q and k in and out, the positions, and a row of each table for every position that can occur."""
+def _work(sample: Sample) -> Passes:
+    """Four products and two sums for each pair; q and k in and out, the positions, and a row of each table for every
+    position that can occur. Backward turns the gradients back: the same."""
     q, cos = sample.tensors["q"], sample.tensors["cos"]
+    heads = sum(sample.tensors[name].shape[:-1].numel() for name in ("q", "k"))
     rows = min(cos.shape[0], q.shape[:-2].numel()) if "positions" in sample.tensors else q.shape[-3]
-    return 2 * sample.nbytes("q", "k") + sample.nbytes("positions") + 2 * rows * cos.shape[1] * cos.element_size()
+    moved = 2 * sample.nbytes("q", "k") + sample.nbytes("positions") + 2 * rows * cos.shape[1] * cos.element_size()
+    return Passes(*[Work(6 * heads * cos.shape[1], moved)] * 2)
 
 
 SPEC = OpSpec(
@@ -456,8 +464,7 @@ SPEC = OpSpec(
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    flops=_flops,
-    compulsory_bytes=_compulsory_bytes,
+    work=_work,
     strided=("q", "k"),
     no_gradient=frozenset({"cos", "sin"}),
     tables={"token": _TABLE},

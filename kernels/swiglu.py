@@ -19,10 +19,10 @@ from tilewright.kernels.gated import (
     TABLE,
     audit_samples,
     check_gated,
-    compulsory_bytes,
     halves,
     register_gated,
     samples,
+    work_of,
 )
 from tilewright.kernels.opspec import OpSpec
 
@@ -77,8 +77,7 @@ SPEC = OpSpec(
     samples=samples,
     audit_samples=audit_samples,
     # Per element: exp, add, divide and two products.
-    flops=lambda sample: 5 * sum(x.numel() for x in sample.tensors.values()) // 2,
-    compulsory_bytes=compulsory_bytes,
+    work=lambda sample: work_of(sample, flops=5),
     strided=("gate", "up"),
     tables={"elementwise": TABLE},
 )
