@@ -32,7 +32,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p build/typed/tilewright
-	@for folder in kernels model corpus trainer cli; do ln -sfn ../../../$$folder build/typed/tilewright/$$folder; done
+	@for folder in kernels model corpus trainer cli benchmarks; do ln -sfn ../../../$$folder build/typed/tilewright/$$folder; done
 	MYPYPATH=build/typed $(BIN)/mypy -p tilewright
 	$(BIN)/lint-imports
 
