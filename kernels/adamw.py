@@ -233,8 +233,16 @@ def _random(seed: int, number: int, step: int, first: int, like: torch.Tensor) -
 
 # One program, one block: 16 elements a thread of up to five tensors are enough loads in flight. Where loads are of one
 # element, so are the random bits made, four times over, in registers that 16 elements would exhaust.
-_WIDE_LOADS = LaunchTable({80: (Configuration(1 << 62, 4, {"BLOCK": 2048}),)})
-_NARROW_LOADS = LaunchTable({80: (Configuration(1 << 62, 4, {"BLOCK": 1024}),)})
+_WIDE_LOADS = LaunchTable(
+    "adamw wide loads",
+    {80: (Configuration(1 << 62, 4, {"BLOCK": 2048}),)},
+    (Configuration(1 << 62, 4, {"BLOCK": 1024}), Configuration(1 << 62, 8, {"BLOCK": 2048})),
+)
+_NARROW_LOADS = LaunchTable(
+    "adamw narrow loads",
+    {80: (Configuration(1 << 62, 4, {"BLOCK": 1024}),)},
+    (Configuration(1 << 62, 4, {"BLOCK": 512}), Configuration(1 << 62, 8, {"BLOCK": 1024})),
+)
 _ADVANCED_A_PROGRAM = 128
 
 

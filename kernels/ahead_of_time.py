@@ -9,6 +9,7 @@ Needs a process without ``TRITON_INTERPRET``, which replaces the kernels by inte
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,27 +22,63 @@ from tilewright.kernels.launch import as_if_on
 from tilewright.kernels.opspec import OpSpec
 
 # Shared memory that one block may take, in bytes (CUDA C++ Programming Guide, technical specifications per capability).
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What the compiler is given for a launch: launches whose compilations have one key run the same code."""
+
+    name: str
+    chip: int
+    source: Any
+    options: Any
+
+    @property
+    def key(self) -> str:
+        """Alike for what Triton's own cache holds to be the same code, in hexadecimal digits."""
+        seen = f"{self.name}-{self.chip}-{self.source.hash()}-{self.options.hash()}"
+        return hashlib.sha256(seen.encode()).hexdigest()
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernel's declared constexprs by name, block sizes among them."""
+        parameters = self.source.fn.params
+        return {
+            parameters[path[0]].name: value
+            for path, value in self.source.constants.items()
+            if len(path) == 1 and parameters[path[0]].is_constexpr
+        }
+
+    def compile(self) -> Any:
+        """Triton's ``CompiledKernel``: its ``asm`` by stage and its ``metadata``."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        return triton.compile(self.source, target=GPUTarget("cuda", self.chip, 32), options=dict(self.options.__dict__))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the kernel, its grid, and its arguments as the compiler sees them."""
+    """One kernel launch: the kernel, its grid, and its arguments as the compiler sees them.
+
+    `backward` says whether autograd's backward pass made it.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     options: dict[str, Any]
     chip: int
+    backward: bool = False
 
     @property
     def name(self) -> str:
         """The kernel's file and name, such as ``rms_norm._forward``."""
         return f"{self.kernel.__module__.rsplit('.', 1)[-1]}.{self.kernel.__name__}"
 
-    def compile(self) -> Any:
-        """Triton's ``CompiledKernel`` for the launch's generation: its ``asm`` by stage and its ``metadata``."""
-        import triton
+    def compilation(self) -> Compilation:
+        """What the compiler is given, without the launch's tensors."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, make_backend
         from triton.runtime.jit import create_function_from_signature
@@ -54,8 +91,11 @@ class Launch:
         parsed, signature, constants, attributes = self.kernel._pack_args(
             backend, options, bound, specialization, options
         )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=parsed.__dict__)
+        return Compilation(self.name, self.chip, ASTSource(self.kernel, signature, constants, attributes), parsed)
+
+    def compile(self) -> Any:
+        """Triton's ``CompiledKernel`` for the launch's generation: its ``asm`` by stage and its ``metadata``."""
+        return self.compilation().compile()
 
 
 @contextmanager
@@ -74,7 +114,8 @@ def captured_launches(chip: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches.append(Launch(self, tuple(grid), args, options, chip))
+        in_backward = torch._C._current_graph_task_id() >= 0
+        launches.append(Launch(self, tuple(grid), args, options, chip, in_backward))
 
     original = JITFunction.run
     JITFunction.run = record

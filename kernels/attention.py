@@ -272,24 +272,31 @@ def _by_head_dim(*rows: tuple[int, int, int, int, int]) -> tuple[Configuration, 
 
 # Chosen for no register spills under any mask and option (at head_dim 256 a few, in the dkv pass on Hopper), read off
 # the compiled code; not yet timed on a GPU. With 128 keys, each of Hopper's two warp groups has rows of dk and dv to
-# itself, and the probabilities stay in registers from one product to the next.
+# itself, and the probabilities stay in registers from one product to the next. The candidates, for those who can time
+# them, fit Hopper's shared memory in float32 too.
 _FORWARD = LaunchTable(
+    "attention forward",
     {
         80: _by_head_dim((64, 128, 64, 8, 3), (128, 128, 32, 8, 3), (256, 64, 32, 8, 2)),
         90: _by_head_dim((64, 128, 64, 8, 3), (128, 128, 64, 8, 3), (256, 64, 64, 8, 2)),
-    }
+    },
+    _by_head_dim((64, 128, 128, 8, 2), (128, 128, 64, 8, 2), (128, 128, 64, 4, 3), (128, 64, 64, 4, 3)),
 )
 _BACKWARD_DKV = LaunchTable(
+    "attention backward dkv",
     {
         80: _by_head_dim((64, 32, 128, 8, 2), (128, 32, 64, 8, 2), (256, 32, 32, 8, 1)),
         90: _by_head_dim((128, 32, 128, 8, 2), (256, 16, 64, 8, 2)),
-    }
+    },
+    _by_head_dim((128, 64, 64, 8, 2), (64, 64, 128, 8, 2), (128, 32, 128, 8, 3), (128, 32, 64, 4, 2)),
 )
 _BACKWARD_DQ = LaunchTable(
+    "attention backward dq",
     {
         80: _by_head_dim((128, 64, 64, 8, 2), (256, 32, 32, 8, 1)),
         90: _by_head_dim((128, 64, 64, 8, 2), (256, 64, 32, 8, 2)),
-    }
+    },
+    _by_head_dim((64, 128, 64, 8, 2), (128, 64, 64, 8, 3), (128, 64, 64, 4, 2), (128, 64, 32, 4, 2)),
 )
 _LOG2E = math.log2(math.e)
 

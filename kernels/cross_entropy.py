@@ -218,6 +218,8 @@ def losses_and_gradient(
             losses, statistics, dlogits = _forward_backward_op(upstream, logits, targets, *options)
         return losses, z_losses_in(statistics, targets), dlogits
 
+    if not triton_runs and group is None and not torch.compiler.is_compiling():
+        return _plain_rows(logits, targets, upstream, options, logits if in_place else torch.empty_like(logits))
     shard = shard_of(group, logits.shape[-1])
     z = logits if triton_runs else _plain_z(logits, options[3])
     statistics = _statistics(z, targets, options, shard, group, triton_runs)
@@ -304,6 +306,61 @@ def _plain_gradient(
     return torch.where(counts, dz * upstream[:, None], 0.0)
 
 
+# Elements worked on at a time, which then stay in a core's cache from one operation to the next.
+_CACHED_ELEMENTS = 1 << 19
+
+
+def _plain_rows(
+    logits: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor | None, options: _Options, dlogits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`losses_and_gradient` in plain eager PyTorch, a few rows at a time, with the fewest passes over them."""
+    losses = torch.empty(logits.shape[0], dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    z_losses = torch.empty_like(losses)
+    step = max(1, _CACHED_ELEMENTS // max(logits.shape[1], 1))
+    for start in range(0, logits.shape[0], step):
+        span = slice(start, start + step)
+        up = upstream[span] if upstream is not None else None
+        losses[span], z_losses[span], gradient = _few_rows(logits[span], targets[span], up, options)
+        if gradient is not None:
+            dlogits[span] = gradient
+    return losses, z_losses, dlogits if upstream is not None else None
+
+
+def _few_rows(
+    logits: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor | None, options: _Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ignore_index, label_smoothing, z_loss, softcap = options
+    classes = logits.shape[1]
+    z = _plain_z(logits, softcap)
+    p = torch.softmax(z, -1)
+    top = z.amax(-1)
+    # The largest probability is 1 / Σ exp(z − top), and never too small to invert.
+    total = p.amax(-1).reciprocal_()
+    here = (targets >= 0) & (targets < classes)
+    place = torch.where(here, targets, 0)[:, None]
+    z_target = torch.where(here, z.gather(1, place)[:, 0], 0.0)
+    sum_z = z.sum(-1) if label_smoothing else torch.zeros_like(top)
+    shard = Shard(0, classes)
+    losses, z_losses = _losses_from(torch.stack([top, total, z_target, sum_z], 1), targets, options, shard)
+    if upstream is None:
+        return losses, z_losses, None
+    # p − 1 first, which nearly cancels where the model is sure; then what z-loss adds.
+    at_target = p.gather(1, place) - torch.where(here, 1.0 - label_smoothing, 0.0)[:, None].to(p.dtype)
+    if z_loss:
+        slope = (2.0 * z_loss * (top + total.log()))[:, None]
+        at_target += p.gather(1, place) * slope
+        p *= 1.0 + slope
+    p.scatter_(1, place, at_target)
+    if label_smoothing:
+        p -= label_smoothing / classes
+    if softcap:
+        p *= 1.0 - (z / softcap).square()
+    counts = targets != ignore_index
+    p *= (upstream * counts)[:, None]
+    p[~counts] = 0.0  # also where a logit is not finite
+    return losses, z_losses, p
+
+
 def _statistics(
     logits: torch.Tensor, targets: torch.Tensor, options: _Options, shard: Shard, group: Any, triton_runs: bool
 ) -> torch.Tensor:
@@ -368,6 +425,7 @@ class _ShardedRows(torch.autograd.Function):
 # A row that fits one block is held in registers, 32 elements a thread. With 64 registers a thread at 32 warps, the most
 # that a block may have, a wider one would spill.
 _WHOLE_ROW = LaunchTable(
+    "cross_entropy whole row",
     {
         80: (
             Configuration(2048, 4),
@@ -375,16 +433,21 @@ _WHOLE_ROW = LaunchTable(
             Configuration(16384, 16),
             Configuration(32768, 32),
         )
-    }
+    },
 )
 # The columns of a longer row that one step reads.
 _COLUMNS = LaunchTable(
+    "cross_entropy columns",
     {
         80: (
             Configuration(1024, 4, {"BLOCK_COLUMNS": 1024}),
             Configuration(1 << 31, 8, {"BLOCK_COLUMNS": 4096}),
         )
-    }
+    },
+    tuple(
+        Configuration(1 << 31, warps, {"BLOCK_COLUMNS": columns})
+        for columns, warps in ((2048, 4), (2048, 8), (4096, 4), (4096, 16), (8192, 16))
+    ),
 )
 
 
@@ -659,8 +722,9 @@ if HAS_TRITON:
         # Before the sums, whose barriers keep it before the stores: the gradient may go over the logits.
         z_target = _target_z(logits_ptr, target, counts, classes, softcap, HAS_SOFTCAP)
         # There are 64 registers for 32 elements and all else. Two halves, so that those of one are free again before
-        # the gradient of the other is begun; and the loss last: with these nothing spills, but six registers on Hopper
-        # with a softcap at the widest row.
+        # the gradient of the other is begun; and the loss where fewest registers are taken, which is last without a
+        # softcap, and first with one, whose gradient has constants of its own. With these no audited launch spills; the
+        # widest rows still do at odd strides with a softcap, and with smoothing and z-loss alone on Ampere.
         HALF: tl.constexpr = BLOCK_COLUMNS // 2
         left = tl.arange(0, HALF)
         right = HALF + left
@@ -675,6 +739,11 @@ if HAS_TRITON:
         total = tl.sum(tl.exp(z_left - row_top) + tl.exp(z_right - row_top), axis=0)
         total = tl.where(counts, total, 1.0)
         upstream = tl.where(counts, tl.load(upstream_ptr + row * upstream_stride).to(tl.float32), 0.0)
+        if HAS_SOFTCAP:
+            _store_loss(
+                losses_ptr, statistics_ptr, row, target, counts, row_top, total, z_target, sum_z, classes,
+                label_smoothing, z_loss, HAS_SMOOTHING,
+            )  # fmt: skip
         dlogits_ptr += row * dlogits_stride
         dz = _dlogits(
             z_left, left, target, row_top, total, upstream, classes, label_smoothing, z_loss, softcap,
@@ -686,10 +755,11 @@ if HAS_TRITON:
             HAS_Z_LOSS, HAS_SOFTCAP,
         )  # fmt: skip
         tl.store(dlogits_ptr + right, dz.to(dlogits_ptr.dtype.element_ty), mask=right < classes)
-        _store_loss(
-            losses_ptr, statistics_ptr, row, target, counts, row_top, total, z_target, sum_z, classes,
-            label_smoothing, z_loss, HAS_SMOOTHING,
-        )  # fmt: skip
+        if not HAS_SOFTCAP:
+            _store_loss(
+                losses_ptr, statistics_ptr, row, target, counts, row_top, total, z_target, sum_z, classes,
+                label_smoothing, z_loss, HAS_SMOOTHING,
+            )  # fmt: skip
 
     @triton.jit
     def _forward_backward_wide(

@@ -60,13 +60,18 @@ def halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, t
 
 # Elementwise: 16 elements a thread of each input are enough loads in flight, and every program is short.
 TABLE = LaunchTable(
+    "gated elementwise",
     {
         80: (
             Configuration(128, 4, {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}),
             Configuration(512, 4, {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 512}),
             Configuration(1 << 62, 4, {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024}),
         )
-    }
+    },
+    tuple(
+        Configuration(1 << 62, warps, {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns})
+        for rows, columns, warps in ((2, 1024, 8), (1, 2048, 4), (1, 2048, 8))
+    ),
 )
 
 

@@ -33,7 +33,15 @@ from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.model_shapes import MODELS, batches
 from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
-from tilewright.kernels.rows import accumulation_dtype, as_rows, divide, row_stride, sum_over_programs
+from tilewright.kernels.rows import (
+    BACKWARD_CANDIDATES,
+    FORWARD_CANDIDATES,
+    accumulation_dtype,
+    as_rows,
+    divide,
+    row_stride,
+    sum_over_programs,
+)
 
 if HAS_TRITON:
     import triton
@@ -105,22 +113,26 @@ def reference(
 # A row up to BLOCK_COLUMNS wide is read once. A wider one is read twice, a block of columns to a program. The backward
 # pass holds two rows and the sums of the weights' gradients, so its whole rows end at half the forward pass's.
 _FORWARD = LaunchTable(
+    "layer_norm forward",
     {
         80: (
             Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
             Configuration(16384, 16, {"BLOCK_COLUMNS": 16384, "BLOCK_ELEMENTS": 16384, "PROGRAMS": 1}, num_stages=2),
             Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
         )
-    }
+    },
+    FORWARD_CANDIDATES,
 )
 _BACKWARD = LaunchTable(
+    "layer_norm backward",
     {
         80: (
             Configuration(4096, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 4096, "PROGRAMS": 1}, num_stages=3),
             Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
             Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
         )
-    }
+    },
+    BACKWARD_CANDIDATES,
 )
 
 

@@ -73,13 +73,13 @@ def head_inputs(
 
 
 # Logits that exist at a time, as elements. On a GPU each chunk reads and writes the float32 weight gradient once, so
-# that few large chunks are better; on a CPU they are few enough to stay in its cache.
-_CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 22}
+# that few large chunks are better; on a CPU a matrix product over few rows is slow.
+_CHUNK_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}
 
 
 def chunk_rows(classes: int, device: torch.device) -> int:
     """Rows whose logits exist at a time."""
-    budget = _CHUNK_ELEMENTS.get(device.type, 1 << 22)
+    budget = _CHUNK_ELEMENTS.get(device.type, 1 << 24)
     return max(128, 1 << (max(budget // max(classes, 1), 1).bit_length() - 1))
 
 
@@ -132,7 +132,25 @@ def _add_product(dweight: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Ten
     elif dlogits.device.type == "cuda":
         torch.addmm(dweight, dlogits.t(), hidden, out_dtype=dweight.dtype, out=dweight)
     else:
-        dweight.add_(dlogits.t() @ hidden)
+        _add_product_in_parts(dweight, dlogits, hidden)
+
+
+# Classes whose products, rounded to 16 bits, exist at a time before they are added.
+_PART_CLASSES = 4096
+
+
+def _launch_add_product(dweight: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor) -> None:
+    for start in range(0, dweight.shape[0], _PART_CLASSES):
+        part = slice(start, start + _PART_CLASSES)
+        dweight[part] += dlogits[:, part].t() @ hidden
+
+
+# An op, for a compiler that saw the sums would put them off and keep the products of all chunks for it.
+_add_product_in_parts = register(
+    "linear_head_add_product(Tensor(a!) dweight, Tensor dlogits, Tensor hidden) -> ()",
+    _launch_add_product,
+    lambda dweight, dlogits, hidden: None,
+)
 
 
 class HeadLoss:
@@ -275,10 +293,17 @@ def _launch_scaled(upstream: torch.Tensor, dhidden: torch.Tensor, dweight: torch
     # One dimension makes the factor count in type promotion: as a scalar it would be rounded to float16, where a loss
     # scale is infinite. Not in place: a second backward pass must find the gradients as they were.
     factor = upstream.reshape(1)
-    return tuple(
-        torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dhidden.dtype))
-        for gradient in (dhidden, dweight, dbias)
-    )
+    return tuple(_multiplied(gradient, factor, dhidden.dtype) for gradient in (dhidden, dweight, dbias))
+
+
+def _multiplied(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x · factor in `dtype`; on a CPU in parts, where PyTorch makes a copy of the whole before it rounds."""
+    product = torch.empty_like(x, dtype=dtype)
+    rows = x.shape[0] if x.is_cuda else _PART_CLASSES
+    for start in range(0, x.shape[0], max(rows, 1)):
+        part = slice(start, start + rows)
+        torch.mul(x[part], factor, out=product[part])
+    return product
 
 
 _scaled = register(

@@ -126,13 +126,18 @@ def reference(
 # By the width of one token's queries (heads · head_dim). A program takes whole tokens, so that it reads cos and sin
 # once for all heads, in blocks of heads of about so many elements: 16 a thread of each tensor.
 _TABLE = LaunchTable(
+    "qk_norm_rotary token",
     {
         80: (
             Configuration(1024, 2, {"BLOCK_ELEMENTS": 1024}),
             Configuration(2048, 4, {"BLOCK_ELEMENTS": 2048}),
             Configuration(1 << 31, 8, {"BLOCK_ELEMENTS": 4096}),
         )
-    }
+    },
+    tuple(
+        Configuration(1 << 31, warps, {"BLOCK_ELEMENTS": elements})
+        for elements, warps in ((2048, 4), (2048, 8), (4096, 4))
+    ),
 )
 # A processor's registers hold so many warps of the backward pass at a time (at most 128 registers a thread), and a
 # program more would start when the others end.

@@ -62,13 +62,18 @@ def reference(x: torch.Tensor) -> torch.Tensor:
 
 # Elementwise: 16 elements a thread are enough loads in flight, and every program is short.
 _TABLE = LaunchTable(
+    "relu2 elementwise",
     {
         80: (
             Configuration(128, 4, {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}),
             Configuration(512, 4, {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 512}),
             Configuration(1 << 62, 4, {"BLOCK_ROWS": 1, "BLOCK_COLUMNS": 2048}),
         )
-    }
+    },
+    tuple(
+        Configuration(1 << 62, warps, {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns})
+        for rows, columns, warps in ((1, 1024, 4), (1, 2048, 8), (1, 4096, 8))
+    ),
 )
 
 

@@ -169,12 +169,17 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved:
 # By the width of one token's queries (heads · head_dim): a program turns one token, so that it reads cos and sin once,
 # in blocks of heads of about so many elements.
 _TABLE = LaunchTable(
+    "rotary token",
     {
         80: (
             Configuration(1024, 1, {"BLOCK_ELEMENTS": 1024}),
             Configuration(1 << 31, 4, {"BLOCK_ELEMENTS": 4096}),
         )
-    }
+    },
+    tuple(
+        Configuration(1 << 31, warps, {"BLOCK_ELEMENTS": elements})
+        for elements, warps in ((2048, 2), (2048, 4), (4096, 8))
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from tilewright.kernels.dispatch import HAS_TRITON
-from tilewright.kernels.launch import LaunchTable, processors
+from tilewright.kernels.launch import Configuration, LaunchTable, processors
 
 if HAS_TRITON:
     import triton
@@ -64,6 +64,30 @@ class Division(NamedTuple):
     def sums(self, device: torch.device) -> torch.Tensor:
         """Room for the sum that each program takes over its rows, for `sum_over_programs`."""
         return torch.empty(self.programs, self.sums_stride, dtype=torch.float32, device=device)
+
+
+def _by_width(*rows: tuple[int, int, int, int, int]) -> tuple[Configuration, ...]:
+    """Configurations for `divide` from (width up to, most columns of a block, PROGRAMS, warps, stages)."""
+    return tuple(
+        Configuration(up_to, warps, {"BLOCK_COLUMNS": columns, "BLOCK_ELEMENTS": columns, "PROGRAMS": programs}, stages)
+        for up_to, columns, programs, warps, stages in rows
+    )
+
+
+# For a norm's passes, beside the rows of its own tables: smaller blocks that share a processor, and fewer warps.
+FORWARD_CANDIDATES = _by_width(
+    (2048, 2048, 4, 4, 3),
+    (4096, 4096, 2, 8, 3),
+    (8192, 8192, 1, 16, 3),
+    (16384, 16384, 1, 32, 2),
+    (1 << 31, 4096, 2, 8, 3),
+)
+BACKWARD_CANDIDATES = _by_width(
+    (2048, 2048, 2, 8, 3),
+    (4096, 4096, 1, 32, 3),
+    (8192, 8192, 1, 32, 3),
+    (1 << 31, 4096, 1, 16, 3),
+)
 
 
 def divide(rows: int, width: int, table: LaunchTable, device: torch.device) -> Division:

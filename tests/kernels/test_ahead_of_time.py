@@ -1,4 +1,7 @@
-"""Every kernel compiles for A100 (sm_80) and H100 (sm_90) at the shapes of real models, on a machine without a GPU."""
+"""Kernels compile for GPUs that are not there, from the launches that an op's own host code makes.
+
+`make audit` compiles those of every op; here one op shows that it can be done, forward and backward.
+"""
 
 import json
 import os
@@ -9,38 +12,33 @@ import pytest
 import torch
 
 from tilewright.kernels.ahead_of_time import SHARED_MEMORY, captured_launches
-from tilewright.kernels.opspec import OpSpec
-from tilewright.kernels.registry import SPECS
 
 # Distinct launches only: shapes that differ in nothing which the compiler sees give the same kernel.
 COMPILE = """
 import json, sys, torch
 from tilewright.kernels.ahead_of_time import launches_of
 from tilewright.kernels.registry import SPECS
-spec = next(spec for spec in SPECS if spec.name == sys.argv[1])
-for label, launch in launches_of(spec, torch.bfloat16, int(sys.argv[2])):
+spec = next(spec for spec in SPECS if spec.name == "relu2")
+for _, launch in launches_of(spec, torch.bfloat16, int(sys.argv[1])):
     compiled = launch.compile()
-    print(json.dumps({"label": label, "name": launch.name, "shared": compiled.metadata.shared,
+    print(json.dumps({"name": launch.name, "backward": launch.backward, "shared": compiled.metadata.shared,
                       "target": compiled.metadata.target.arch, "cubin": len(compiled.asm["cubin"])}))
 """
 
 
 @pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_every_launch_compiles_and_fits_the_chips_shared_memory(spec: OpSpec, chip: int) -> None:
+def test_every_launch_of_an_op_compiles_and_fits_the_chips_shared_memory(chip: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, spec.name, str(chip)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", COMPILE, str(chip)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["target"] for kernel in kernels} == {chip}
-    has_gradients = bool(spec.differentiable(next(spec.samples(torch.device("cpu"), torch.float32))))
-    assert any("backward" in kernel["name"] for kernel in kernels) == has_gradients, "no backward launch was compiled"
+    assert {(kernel["name"], kernel["backward"]) for kernel in kernels} == {
+        ("relu2._forward", False),
+        ("relu2._backward", True),
+    }
     for kernel in kernels:
         assert kernel["cubin"] > 0
         assert kernel["shared"] <= SHARED_MEMORY[chip], kernel

@@ -30,7 +30,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunks_are_bounded_whatever_the_vocabulary() -> None:
     rows = {classes: chunk_rows(classes, torch.device("cpu")) for classes in (1, 1000, 32000, 262144)}
-    assert rows == {1: 1 << 22, 1000: 4096, 32000: 128, 262144: 128}
+    assert rows == {1: 1 << 24, 1000: 16384, 32000: 512, 262144: 128}
     assert chunk_rows(262144, torch.device("cuda")) == 1024
 
 

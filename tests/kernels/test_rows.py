@@ -55,7 +55,9 @@ def test_norms_move_little_more_than_each_input_and_output_once(
 
 
 def test_programs_are_the_fewest_that_are_done_as_soon_as_one_a_processor_would_be() -> None:
-    table = LaunchTable({90: (Configuration(8192, 4, {"BLOCK_COLUMNS": 512, "BLOCK_ELEMENTS": 1024, "PROGRAMS": 1}),)})
+    table = LaunchTable(
+        "rows", {90: (Configuration(8192, 4, {"BLOCK_COLUMNS": 512, "BLOCK_ELEMENTS": 1024, "PROGRAMS": 1}),)}
+    )
     with as_if_on(90):  # 132 processors
         whole = divide(4096, 512, table, torch.device("cpu"))
         wide = divide(4096, 2000, table, torch.device("cpu"))
