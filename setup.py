@@ -16,7 +16,11 @@ setup(
     python_requires=">=3.11",
     packages=[f"tilewright.{folder}" for folder in FOLDERS],
     package_dir={f"tilewright.{folder}": folder.replace(".", "/") for folder in FOLDERS},
-    package_data={"tilewright.recipes": ["*.yaml"], **{f"tilewright.{folder}": ["py.typed"] for folder in FOLDERS}},
+    package_data={
+        **{f"tilewright.{folder}": ["py.typed"] for folder in FOLDERS},
+        "tilewright.kernels": ["py.typed", "tables/*.json"],  # launch configurations as measured on GPUs
+        "tilewright.recipes": ["*.yaml", "py.typed"],
+    },
     install_requires=[
         "torch>=2.13",
         # The kernels need triton only where they run on a GPU; elsewhere the plain PyTorch reference serves.
@@ -33,6 +37,7 @@ setup(
         "dev": [
             "pytest>=9.0",
             "pytest-xdist>=3.8",
+            "pytest-benchmark>=5.3",
             "ruff>=0.17",
             "mypy>=2.4",
             "import-linter>=2.16",
@@ -40,6 +45,8 @@ setup(
             "transformers>=5.23",
             "accelerate>=1.15",  # the Trainer of transformers needs it
         ],
+        # What `tilewright audit --against` compares with.
+        "peers": ["liger-kernel>=0.8.5", "flash-linear-attention>=0.6"],
         # To put the kernels into models of transformers: tilewright.kernels.patch and register_attention.
         "transformers": ["transformers>=5.23"],
     },

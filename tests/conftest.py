@@ -8,7 +8,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 # The interpreter works on many small arrays, which threads only slow down; and test workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,7 @@ def tiny_recipe(tiny_corpus: Path, tmp_path: Path) -> Callable[..., Path]:
             "checkpoints": {"every": 2, "keep": 2},
             "sample": {"prompt": "the quick", "tokens": 4},
             "compute_dtype": "float32",
+            "compile": False,
             "runs": str(tmp_path / "runs"),
         }  # fmt: skip
         for dotted, value in changes.items():
@@ -90,3 +93,77 @@ def tiny_recipe(tiny_corpus: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: elements that are open and closed in order, their attributes, the text."""
+
+    VOID = ("meta", "br", "hr", "img", "input", "link")
+
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+        self.elements = []
+        self.open = []
+        self.pieces = []
+        self.feed(source)
+        self.close()
+        self.text = " ".join("".join(self.pieces).split())
+        self.plots = [dict(attributes)["aria-label"] for tag, attributes in self.elements if tag == "svg"]
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, attributes))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.pieces.append(data)
+            self.pieces.append(" " if self.open[-1] != "b" else "")
+
+    @property
+    def ids(self):
+        """Of every element that has one."""
+        return [value for _, attributes in self.elements for name, value in attributes if name == "id"]
+
+    @property
+    def colours(self):
+        """The variables that the plots are drawn in."""
+        return set(re.findall(r"var\((--[a-z]+)\)", "".join(self.drawings())))
+
+    def drawings(self):
+        """The source of each plot."""
+        return re.findall(r"<svg.*?</svg>", self.source, flags=re.DOTALL)
+
+    def check(self):
+        """Whole, asks nothing of the network, runs nothing, and is drawn in colours that it sets, light and dark."""
+        assert self.open == []
+        tags = {tag for tag, _ in self.elements}
+        assert tags.isdisjoint({"script", "link", "img", "iframe", "object", "embed", "base", "form", "image"})
+        for tag, attributes in self.elements:
+            for name, value in attributes:
+                assert not name.startswith("on"), (tag, name)
+                if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                    assert value.startswith("#"), (tag, name, value)
+        assert set(re.findall(r"url\((.)", self.source)) <= {"#"}
+        assert "@import" not in self.source
+        assert not re.search(r"https?://(?!www\.w3\.org/(1999/xlink|2000/svg)\")", self.source)
+        assert len(self.ids) == len(set(self.ids))
+        assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', self.source)) <= set(self.ids)
+        assert not any(re.search(r"#[0-9a-fA-F]{6}\b", drawing) for drawing in self.drawings())
+        light, dark = self.source.split("@media (prefers-color-scheme: dark)")
+        for name in self.colours:
+            assert f"{name}:" in light
+            assert f"{name}:" in dark
+
+
+@pytest.fixture(scope="session")
+def read_page() -> Callable[[Path], Page]:
+    """Reads an HTML file as a browser does."""
+    return lambda path: Page(path.read_text(encoding="utf-8"))

@@ -125,7 +125,7 @@ class Recipe:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     sample: Sample = field(default_factory=Sample)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    compile: bool = False
+    compile: bool = True
     seed: int = 0
     runs: str = "runs"
     run_directory: str | None = None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from tilewright.trainer import page
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.metrics import METRICS, read_metrics
 from tilewright.trainer.quantities import duration, gigabytes, percent, short
 from tilewright.trainer.report_plots import plots
-from tilewright.trainer.run_directory import RECIPE, SUMMARY, write_atomically
+from tilewright.trainer.run_directory import RECIPE, SUMMARY
 
 REPORT = "report.html"
 _ENVIRONMENT = "environment.json"
@@ -30,12 +31,8 @@ def write_report(run_directory: Path) -> Path:
     """
     if not run_directory.is_dir():
         raise TrainingError(f"there is no run directory {run_directory}; name one that a training run made")
-    page = _page(_Run(run_directory))
     path = run_directory / REPORT
-    try:
-        write_atomically(path, page)
-    except OSError as error:
-        raise TrainingError(f"could not write {path}: {error.strerror or error}; mend that and try again") from error
+    page.write(path, _page(_Run(run_directory)))
     return path
 
 
@@ -96,24 +93,18 @@ class _Run:
 
 
 def _page(run: _Run) -> str:
-    name = escape(run.name)
-    sections = "\n".join((_header(run), _figures(run), _plots(run), _sample(run), _recipe(run), _environment(run)))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-{sections}
-{_DEFINITIONS}
-</main>
-</body>
-</html>
-"""
+    return page.document(
+        run.name,
+        (
+            _header(run),
+            page.cards(_headlines(run)),
+            _plots(run),
+            _sample(run),
+            _recipe(run),
+            page.environment(run.environment),
+            _DEFINITIONS,
+        ),
+    )
 
 
 def _header(run: _Run) -> str:
@@ -144,14 +135,6 @@ def _header(run: _Run) -> str:
 </header>"""
 
 
-def _figures(run: _Run) -> str:
-    cards = "\n".join(
-        f'<div class="card"><dt>{escape(label)}</dt><dd>{escape(value)}</dd><dd class="soft">{escape(note)}</dd></div>'
-        for label, value, note in _headlines(run)
-    )
-    return f'<dl class="figures">\n{cards}\n</dl>'
-
-
 def _headlines(run: _Run) -> Iterator[tuple[str, str, str]]:
     """Label, value and remark of each figure that is known."""
     if (bits := run.bits_per_byte()) is not None:
@@ -178,12 +161,7 @@ def _plots(run: _Run) -> str:
     drawn = plots(run.training, run.evaluations, run.compressors)
     if not drawn:
         return '<p class="note">No step has been recorded, so there is nothing to plot.</p>'
-    figures = "\n".join(
-        f'<figure class="card"><figcaption><b>{escape(plot.title)}</b> <span class="soft">{escape(plot.caption)}</span>'
-        f"</figcaption>\n{plot.svg}</figure>"
-        for plot in drawn
-    )
-    return f'<section class="plots">\n{figures}\n</section>'
+    return page.plots(drawn)
 
 
 def _sample(run: _Run) -> str:
@@ -204,31 +182,6 @@ def _recipe(run: _Run) -> str:
     return f'<section>\n<h2>Recipe</h2>\n<pre class="card">{escape(run.recipe)}</pre>\n</section>'
 
 
-def _environment(run: _Run) -> str:
-    if not run.environment:
-        return ""
-    rows = "\n".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in _flat(run.environment)
-    )
-    return f'<section>\n<h2>Environment</h2>\n<div class="card"><table>\n{rows}\n</table></div>\n</section>'
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of nested JSON by dotted name, as text."""
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _flat(entry, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, Sequence) and any(isinstance(entry, Mapping) for entry in value):
-        for place, entry in enumerate(value):
-            yield from _flat(entry, f"{name}.{place}")
-    elif isinstance(value, list):
-        yield name, ", ".join(map(str, value)) or "none"
-    elif name.endswith("_bytes") and isinstance(value, int):
-        yield name.removesuffix("_bytes"), gigabytes(value)
-    else:
-        yield name, "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _number(fields: Mapping[str, Any], key: str) -> float | None:
     value = fields.get(key)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -244,49 +197,3 @@ the run. A token counts as 6 &times; parameters in matrix products + 12 &times; 
 <p><b>Peak memory</b>: on a GPU the most that tensors held at once on the first process's device; on a CPU the most
 resident memory of the first process.</p>
 </footer>"""
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #f6f6f3; --card: #ffffff; --ink: #1d2025; --soft: #5f656d; --line: #d9dbdf;
-  --first: #2a5fc4; --second: #b5521b; --third: #2b7d4f; --note: #fdf1d8;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14161a; --card: #1d2025; --ink: #e5e7ea; --soft: #9ba1a9; --line: #383d45;
-    --first: #7ca6ff; --second: #f0a06a; --third: #6cc796; --note: #3a311b;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 28px 20px 48px; }
-h1 { font-size: 28px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 36px 0 8px; }
-p { margin: 6px 0; }
-.soft { color: var(--soft); font-size: 14px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.status { font-size: 14px; font-weight: 600; padding: 3px 10px; border-radius: 99px; vertical-align: middle;
-  border: 1px solid currentColor; white-space: nowrap; }
-.done { color: var(--third); }
-.open { color: var(--second); }
-.note { background: var(--note); padding: 10px 14px; border-radius: 8px; margin: 14px 0; }
-.figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 22px 0; }
-@media (max-width: 800px) { .figures { grid-template-columns: repeat(2, 1fr); } main { padding: 18px 14px; } }
-.figures .card { padding: 12px 16px; }
-.figures dt { color: var(--soft); font-size: 14px; }
-.figures dd { margin: 0; font-size: 25px; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.figures dd.soft { font-size: 13px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; }
-figure { margin: 0; padding: 12px 14px 6px; min-width: 0; }
-figcaption { margin-bottom: 6px; }
-svg { display: block; width: 100%; height: auto; }
-svg * { stroke-linejoin: round; }
-pre { margin: 0; padding: 14px 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
-.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { text-align: left; vertical-align: top; padding: 6px 16px; }
-td { overflow-wrap: anywhere; }
-th { font-weight: 400; color: var(--soft); width: 30%; white-space: nowrap; }
-tr + tr > * { border-top: 1px solid var(--line); }
-footer { margin-top: 36px; border-top: 1px solid var(--line); }
-"""

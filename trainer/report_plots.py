@@ -1,45 +1,24 @@
-"""The plots of a run's report: SVG to stand inside an HTML page, coloured by the page's own CSS variables."""
+"""The plots of a run's report, all over the tokens trained on."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tilewright.trainer.plot import COLORS, Plot, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _Series = npt.NDArray[np.float64]
 
-# Stand-ins that are told apart in matplotlib's output, where each becomes a variable that the page sets, light or dark.
-_INK, _SOFT, _LINE, _FIRST, _SECOND, _THIRD = ("#010101", "#020202", "#030303", "#040404", "#050505", "#060606")
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _SOFT: "var(--soft)",
-    _LINE: "var(--line)",
-    _FIRST: "var(--first)",
-    _SECOND: "var(--second)",
-    _THIRD: "var(--third)",
-}
-_INCHES = (5.0, 2.7)
+_FIRST, _SECOND, _THIRD, *_ = COLORS
 # More than a page's width can show; the extremes of each stretch stay, so that no spike is lost.
 _MOST_POINTS = 1000
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: its title, a sentence on how to read it, and the ``<svg>`` element."""
-
-    title: str
-    caption: str
-    svg: str
 
 
 def plots(
@@ -165,45 +144,17 @@ def _thin(places: _Series, values: _Series) -> tuple[_Series, _Series]:
 
 
 def _svg(title: str, draw: Callable[[Axes], None], tokens: _Series) -> str:
-    # Imported here because it takes longer than all the rest.
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    name = re.sub(r"\W+", "-", title.lower())
-    look: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 9,
-        # The name of an evaluated set is no mathematics, whatever it holds.
-        "text.parse_math": False,
-        "text.color": _INK,
-        "axes.labelcolor": _SOFT,
-        "axes.edgecolor": _LINE,
-        "xtick.color": _LINE,
-        "ytick.color": _LINE,
-        "xtick.labelcolor": _SOFT,
-        "ytick.labelcolor": _SOFT,
-        "grid.color": _LINE,
-        "grid.linewidth": 0.6,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(look):
-        # No pyplot: it keeps figures for ever and may ask for a screen.
-        figure = Figure(figsize=_INCHES, layout="constrained")
-        axes = figure.subplots()
+    def over_tokens(axes: Axes) -> None:
         draw(axes)
         axes.set_xlabel("tokens")
         # The same for all plots, so that one looks up and down at the same moment of the run.
         axes.set_xlim(0, 1.02 * float(np.nanmax(tokens, initial=0.0)) or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        out = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    return _for_page(out.getvalue(), name, title)
+
+    return svg(title, over_tokens)
 
 
 def _tick(value: float) -> str:
@@ -213,16 +164,3 @@ def _tick(value: float) -> str:
             break
         value, power = value / 1000, power_above
     return f"{value:g} {power}".rstrip()
-
-
-def _for_page(svg: str, name: str, title: str) -> str:
-    """Matplotlib's file as an element among others: no prologue, ids of its own, the page's colours and font."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' (id="|xlink:href="#)', rf" \1{name}-", svg)
-    svg = svg.replace("url(#", f"url(#{name}-")
-    # The page says both, for all plots.
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, variable)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

@@ -1,0 +1,1 @@
+"""The audit: what the compiler made of every kernel, and what each one issues, on a machine without a GPU."""
