@@ -17,7 +17,7 @@ setup: $(VENV)/installed
 $(VENV)/installed: setup.py constraints.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Tilewright needs Python 3.11 or newer; this is ' + sys.version.split()[0] + '. Name another with: make setup PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet $(PIP_INSTALL_OPTIONS) --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --disable-pip-version-check --quiet $(PIP_INSTALL_OPTIONS) --constraint constraints.txt --editable ".[dev,peers]"
 	touch $@
 
 train: setup

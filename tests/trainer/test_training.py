@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses_to_t
     assert lines(interrupted)[1] == lines(whole.run)[1]
 
 
+@pytest.fixture
+def sigint_is_heard() -> Iterator[None]:
+    """A shell that starts these tests in the background has them ignore SIGINT, which would then stay so."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("sigint_is_heard")
 def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
     tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
