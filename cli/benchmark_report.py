@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +93,9 @@ def _share(text: str) -> float:
 
 def _audit(path: Path) -> dict[str, Any]:
     mend = "give a file that `tilewright audit --json` wrote"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrainingError(f"could not read {path}: {error.strerror or error}; {mend}") from error
-    except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{path} is no whole JSON file ({error}); it may be cut off: {mend}") from error
+    from tilewright.benchmarks.report.records import read_json
+
+    content = read_json(path, mend)
     if not isinstance(content, dict) or content.get("format") != 1 or not isinstance(content.get("floors"), list):
         raise TrainingError(f"{path} holds no audit of a format known here; {mend}")
     return content

@@ -130,6 +130,20 @@ def rival_of(row: Row, rows: Mapping[str, Row]) -> Row | None:
     return (rows.get(_OURS_COMPILED) if row.provider == _TORCH_COMPILE else None) or rows.get(OURS)
 
 
+def read_json(path: Path, mend: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        TrainingError: it cannot be read or is cut off; the sentence ends with the `mend`.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(f"could not read {path}: {error.strerror or error}; {mend}") from error
+    except (ValueError, RecursionError) as error:
+        raise TrainingError(f"{path} is no whole JSON file ({error}); it may be cut off: {mend}") from error
+
+
 def read(path: Path) -> Record:
     """Read a record that ``tilewright benchmark run`` wrote.
 
@@ -137,12 +151,7 @@ def read(path: Path) -> Record:
         TrainingError: it cannot be read, is cut off, or is no such record.
     """
     mend = "give a file that `tilewright benchmark run` wrote"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrainingError(f"could not read {path}: {error.strerror or error}; {mend}") from error
-    except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{path} is no whole JSON file ({error}); it may be cut off: {mend}") from error
+    content = read_json(path, mend)
     benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
     ours = content.get("tilewright_record") if isinstance(content, dict) else None
     if not isinstance(benchmarks, list) or not isinstance(ours, dict) or ours.get("format") != _FORMAT:
