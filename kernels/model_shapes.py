@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
 
 class ModelShape(NamedTuple):
     """A decoder's sizes, in elements: residual width, query and key-value heads, feed-forward width, classes."""
@@ -37,3 +39,13 @@ def batches(small: bool) -> Iterator[tuple[str, int, int]]:
     """The sequence's name, the number of sequences and their length, in tokens; a processor's share where `small`."""
     for name, (sequences, length) in BATCHES.items():
         yield name, sequences, length // _PROCESSORS if small else length
+
+
+def residual_streams(dtype: torch.dtype, small: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a norm takes: (sequences, length, width) of each model and batch, and rows that are unaligned or wider."""
+    widths = {model.name: model.width for model in MODELS}
+    widths |= {f"{width:,} wide": width for width in (8191, 16384, 65536)}
+    for name, width in widths.items():
+        for length_name, sequences, length in batches(small):
+            if length_name == "2k" or "wide" not in name:
+                yield f"{name} {length_name}", torch.empty(sequences, length, width, dtype=dtype)

@@ -27,7 +27,7 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.model_shapes import MODELS, batches
+from tilewright.kernels.model_shapes import residual_streams
 from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import (
     BACKWARD_CANDIDATES,
@@ -457,17 +457,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
-    widths = {model.name: model.width for model in MODELS} | {
-        f"{width:,} wide": width for width in (8191, 16384, 65536)
-    }
-    for name, width in widths.items():
-        for length_name, sequences, length in batches(small):
-            if length_name != "2k" and "wide" in name:
-                continue
-            x = torch.empty(sequences, length, width, dtype=dtype)
-            tensors = {"x": x, "weight": x.new_empty(width)}
-            yield Sample(f"{name} {length_name}", tensors)
-            yield Sample(f"{name} {length_name}, residual", {**tensors, "residual": torch.empty_like(x)})
+    for label, x in residual_streams(dtype, small):
+        tensors = {"x": x, "weight": x.new_empty(x.shape[-1])}
+        yield Sample(label, tensors)
+        yield Sample(f"{label}, residual", {**tensors, "residual": torch.empty_like(x)})
 
 
 def _work(sample: Sample) -> Passes:
