@@ -35,9 +35,11 @@ from tilewright.kernels.model_shapes import residual_streams
 from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import (
     BACKWARD_CANDIDATES,
+    FLOAT32_COLUMNS,
     FORWARD_CANDIDATES,
     accumulation_dtype,
     as_rows,
+    can_carry,
     divide,
     row_stride,
     sum_over_programs,
@@ -110,8 +112,7 @@ def reference(
     return y if residual is None else (y, summed)
 
 
-# A row up to BLOCK_COLUMNS wide is read once. A wider one is read twice, a block of columns to a program. The backward
-# pass holds two rows and the sums of the weights' gradients, so its whole rows end at half the forward pass's.
+# A row up to BLOCK_COLUMNS wide is read once. A wider one is read twice, a block of columns to a program.
 _FORWARD = LaunchTable(
     "layer_norm forward",
     {
@@ -129,6 +130,8 @@ _BACKWARD = LaunchTable(
         80: (
             Configuration(4096, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 4096, "PROGRAMS": 1}, num_stages=3),
             Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
+            # The fewer warps, the more of the registers are the rows': carried rows and their sums take 224 of 255.
+            Configuration(16384, 8, {"BLOCK_COLUMNS": 16384, "BLOCK_ELEMENTS": 16384, "PROGRAMS": 1}, num_stages=2),
             Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
         )
     },
@@ -359,6 +362,71 @@ if HAS_TRITON:
         if dbias_ptr is not None:
             tl.store(dbias_ptr + sums + columns, tl.sum(dbias, axis=0), mask=start + columns < sums_stride)
 
+    @triton.jit(do_not_specialize=["rows"])
+    def _backward_carried(
+        dy_ptr,
+        x_ptr,
+        weight_ptr,
+        mean_ptr,
+        rstd_ptr,
+        dx_ptr,
+        dweight_ptr,
+        dbias_ptr,
+        dy_stride,
+        x_stride,
+        sums_stride,
+        rows,
+        WIDTH: tl.constexpr,  # known to the compiler, a mask that keeps every column costs no register
+        BLOCK_COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """`_backward` for whole rows that are held in 16 bits, each from the turn that sums it to the next."""
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = columns < WIDTH
+        if weight_ptr is not None:
+            scale = tl.load(weight_ptr + columns, mask=in_width, other=0.0)
+            dweight = tl.zeros([BLOCK_COLUMNS], tl.float32)
+        if dbias_ptr is not None:
+            dbias = tl.zeros([BLOCK_COLUMNS], tl.float32)
+        x = tl.zeros([BLOCK_COLUMNS], x_ptr.dtype.element_ty)
+        dy = tl.zeros([BLOCK_COLUMNS], dy_ptr.dtype.element_ty)
+        mean, rstd, shift, pull = 0.0, 0.0, 0.0, 0.0
+        step = tl.num_programs(0)
+        # One turn more than rows: nothing is written in the first and nothing loaded in the last.
+        for turn in tl.range(tl.program_id(0), rows + step, step, num_stages=STAGES):
+            row = tl.cast(turn, tl.int64)
+            summed_row = row - step
+            v = dy.to(tl.float32)
+            if weight_ptr is not None:
+                v = v * scale.to(tl.float32)
+            dx = rstd * (v - shift - (x.to(tl.float32) - mean) * pull)
+            mask = in_width & (summed_row >= 0)
+            tl.store(dx_ptr + summed_row * WIDTH + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            mask = in_width & (row < rows)
+            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
+            dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0)
+            if weight_ptr is not None:
+                # The weights stay as they are. The compiler, which cannot know, for it allows for a sum past 2³¹, keeps
+                # them in 16 bits rather than convert them once, before the loop.
+                scale = tl.where(summed_row < rows, scale, x.to(scale.dtype))
+            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+            # No mask on the padding columns: v is 0 there, and with it every product that is summed.
+            v = dy.to(tl.float32)
+            if dbias_ptr is not None:
+                dbias += v
+            normed = (x.to(tl.float32) - mean) * rstd
+            if weight_ptr is not None:
+                dweight += v * normed
+                v = v * scale.to(tl.float32)
+            shift = tl.sum(v, axis=0) / WIDTH
+            pull = rstd * tl.sum(v * normed, axis=0) / WIDTH
+        sums = tl.program_id(0).to(tl.int64) * sums_stride
+        if weight_ptr is not None:
+            tl.store(dweight_ptr + sums + columns, dweight, mask=columns < sums_stride)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + sums + columns, dbias, mask=columns < sums_stride)
+
 
 def _launch_forward(
     x: torch.Tensor,
@@ -414,21 +482,29 @@ def _launch_backward(
     dy_rows, x_rows = as_rows(dy), as_rows(x)
     dsummed_rows = as_rows(dsummed) if dsummed is not None else None
     scale = weight.contiguous() if weight is not None else None
-    division = divide(rows, width, _BACKWARD, x.device)
-    values = projections = None
-    if division.column_blocks > 1:
-        values, projections = division.parts(rows, x.device), division.parts(rows, x.device)
-        _projections[division.grid](
-            dy_rows, x_rows, scale, mean, rstd, values, projections,
-            dy_rows.stride(0), x_rows.stride(0), rows, width, **division.options,
-        )  # fmt: skip
+    # A third row in flight, the gradient of the sum, takes the one register that a carried row leaves.
+    carries = can_carry(x) and dsummed is None
+    division = divide(rows, width, _BACKWARD, x.device, None if carries else FLOAT32_COLUMNS)
     dweight = division.sums(x.device) if weight is not None else None
     dbias = division.sums(x.device) if bias is not None else None
-    _backward[division.grid](
-        dy_rows, dsummed_rows, x_rows, scale, mean, rstd, values, projections, dx, dweight, dbias,
-        dy_rows.stride(0), row_stride(dsummed_rows), x_rows.stride(0), division.sums_stride, rows, width,
-        PARTS=division.padded_parts, **division.options,
-    )  # fmt: skip
+    if division.carried:
+        _backward_carried[division.grid](
+            dy_rows, x_rows, scale, mean, rstd, dx, dweight, dbias,
+            dy_rows.stride(0), x_rows.stride(0), division.sums_stride, rows, width, **division.carried_options,
+        )  # fmt: skip
+    else:
+        values = projections = None
+        if division.column_blocks > 1:
+            values, projections = division.parts(rows, x.device), division.parts(rows, x.device)
+            _projections[division.grid](
+                dy_rows, x_rows, scale, mean, rstd, values, projections,
+                dy_rows.stride(0), x_rows.stride(0), rows, width, **division.options,
+            )  # fmt: skip
+        _backward[division.grid](
+            dy_rows, dsummed_rows, x_rows, scale, mean, rstd, values, projections, dx, dweight, dbias,
+            dy_rows.stride(0), row_stride(dsummed_rows), x_rows.stride(0), division.sums_stride, rows, width,
+            PARTS=division.padded_parts, **division.options,
+        )  # fmt: skip
     return (
         dx,
         sum_over_programs(dweight, weight) if weight is not None else x.new_empty(0),
@@ -532,6 +608,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("float32 weight and bias", affine(normal(5, 64)), float32=_FLOAT32)
     for shape in ((2, 3, 96), (2, 1, 8193), (2, 16400)):
         yield Sample(f"residual, width {shape[-1]}", affine(normal(*shape), residual=normal(*shape)))
+    for rows, width in ((9, 8208), (3, 16384)):  # rows that the backward pass carries where they are in 16 bits
+        yield Sample(f"carried, width {width}", affine(normal(rows, width)))
+    yield Sample("carried, residual", affine(normal(5, 8208), residual=normal(5, 8208)))
+    yield Sample("carried, no weight, no bias", {"x": normal(5, 8208)})
     yield Sample("residual, no weight, no bias", {"x": normal(5, 48), "residual": normal(5, 48)})
     yield Sample("three rows", affine(normal(3, 40), residual=normal(3, 40)))
     yield Sample("no rows", affine(normal(0, 40), residual=normal(0, 40)))

@@ -31,9 +31,11 @@ from tilewright.kernels.model_shapes import residual_streams
 from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rows import (
     BACKWARD_CANDIDATES,
+    FLOAT32_COLUMNS,
     FORWARD_CANDIDATES,
     accumulation_dtype,
     as_rows,
+    can_carry,
     divide,
     row_stride,
     sum_over_programs,
@@ -113,15 +115,14 @@ def reference(
     return y if residual is None else (y, summed)
 
 
-# A row up to BLOCK_COLUMNS wide is read once. A wider one is read twice, a block of columns to a program. The backward
-# pass holds two rows and the sums of the weights' gradients, so its whole rows end at half the forward pass's.
+# A row up to BLOCK_COLUMNS wide is read once. A wider one is read twice, a block of columns to a program.
 _FORWARD = LaunchTable(
     "rms_norm forward",
     {
         80: (
             Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
             Configuration(16384, 16, {"BLOCK_COLUMNS": 16384, "BLOCK_ELEMENTS": 16384, "PROGRAMS": 1}, num_stages=2),
-            Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
+            Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=3),
         )
     },
     FORWARD_CANDIDATES,
@@ -132,6 +133,7 @@ _BACKWARD = LaunchTable(
         80: (
             Configuration(4096, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 4096, "PROGRAMS": 1}, num_stages=3),
             Configuration(8192, 32, {"BLOCK_COLUMNS": 8192, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
+            Configuration(16384, 32, {"BLOCK_COLUMNS": 16384, "BLOCK_ELEMENTS": 16384, "PROGRAMS": 1}, num_stages=2),
             Configuration(1 << 31, 16, {"BLOCK_COLUMNS": 4096, "BLOCK_ELEMENTS": 8192, "PROGRAMS": 1}, num_stages=2),
         )
     },
@@ -310,6 +312,61 @@ if HAS_TRITON:
             sums = tl.program_id(0).to(tl.int64) * sums_stride + start
             tl.store(dweight_ptr + sums + columns, tl.sum(dweight, axis=0), mask=start + columns < sums_stride)
 
+    @triton.jit(do_not_specialize=["rows"])
+    def _backward_carried(
+        dy_ptr,
+        dsummed_ptr,
+        x_ptr,
+        weight_ptr,
+        rstd_ptr,
+        dx_ptr,
+        dweight_ptr,
+        dy_stride,
+        dsummed_stride,
+        x_stride,
+        sums_stride,
+        rows,
+        width,
+        weight_offset,
+        BLOCK_COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """`_backward` for whole rows that are held in 16 bits, each from the turn that sums it to the next."""
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        in_width = columns < width
+        if weight_ptr is not None:
+            scale = tl.load(weight_ptr + columns, mask=in_width, other=0.0).to(tl.float32) + weight_offset
+            dweight = tl.zeros([BLOCK_COLUMNS], tl.float32)
+        x = tl.zeros([BLOCK_COLUMNS], x_ptr.dtype.element_ty)
+        dy = tl.zeros([BLOCK_COLUMNS], dy_ptr.dtype.element_ty)
+        rstd, pull = 0.0, 0.0
+        step = tl.num_programs(0)
+        # One turn more than rows: nothing is written in the first and nothing loaded in the last.
+        for turn in tl.range(tl.program_id(0), rows + step, step, num_stages=STAGES):
+            row = tl.cast(turn, tl.int64)
+            summed_row = row - step
+            mask = in_width & (summed_row >= 0)
+            v = dy.to(tl.float32)
+            if weight_ptr is not None:
+                v = v * scale
+            dx = rstd * (v - x.to(tl.float32) * pull)
+            if dsummed_ptr is not None:
+                dsummed = tl.load(dsummed_ptr + summed_row * dsummed_stride + columns, mask=mask, other=0.0)
+                dx += dsummed.to(tl.float32)
+            tl.store(dx_ptr + summed_row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            mask = in_width & (row < rows)
+            x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
+            dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+            product = dy.to(tl.float32) * (x.to(tl.float32) * rstd)
+            if weight_ptr is not None:
+                dweight += product
+                product = product * scale
+            pull = rstd * tl.sum(product, axis=0) / width
+        if weight_ptr is not None:
+            sums = tl.program_id(0).to(tl.int64) * sums_stride
+            tl.store(dweight_ptr + sums + columns, dweight, mask=columns < sums_stride)
+
 
 def _launch_forward(
     x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None, eps: float, weight_offset: float
@@ -358,20 +415,26 @@ def _launch_backward(
     dy_rows, x_rows = as_rows(dy), as_rows(x)
     dsummed_rows = as_rows(dsummed) if dsummed is not None else None
     weight = weight.contiguous() if weight is not None else None
-    division = divide(rows, width, _BACKWARD, x.device)
-    projections = None
-    if division.column_blocks > 1:
-        projections = division.parts(rows, x.device)
-        _projections[division.grid](
-            dy_rows, x_rows, weight, rstd, projections,
-            dy_rows.stride(0), x_rows.stride(0), rows, width, weight_offset, **division.options,
-        )  # fmt: skip
+    division = divide(rows, width, _BACKWARD, x.device, None if can_carry(x) else FLOAT32_COLUMNS)
     dweight = division.sums(x.device) if weight is not None else None
-    _backward[division.grid](
-        dy_rows, dsummed_rows, x_rows, weight, rstd, projections, dx, dweight,
-        dy_rows.stride(0), row_stride(dsummed_rows), x_rows.stride(0), division.sums_stride, rows, width, weight_offset,
-        PARTS=division.padded_parts, **division.options,
-    )  # fmt: skip
+    strides = dy_rows.stride(0), row_stride(dsummed_rows), x_rows.stride(0), division.sums_stride
+    if division.carried:
+        _backward_carried[division.grid](
+            dy_rows, dsummed_rows, x_rows, weight, rstd, dx, dweight, *strides, rows, width, weight_offset,
+            **division.carried_options,
+        )  # fmt: skip
+    else:
+        projections = None
+        if division.column_blocks > 1:
+            projections = division.parts(rows, x.device)
+            _projections[division.grid](
+                dy_rows, x_rows, weight, rstd, projections,
+                dy_rows.stride(0), x_rows.stride(0), rows, width, weight_offset, **division.options,
+            )  # fmt: skip
+        _backward[division.grid](
+            dy_rows, dsummed_rows, x_rows, weight, rstd, projections, dx, dweight, *strides,
+            rows, width, weight_offset, PARTS=division.padded_parts, **division.options,
+        )  # fmt: skip
     return dx, sum_over_programs(dweight, weight) if weight is not None else x.new_empty(0)
 
 
@@ -448,6 +511,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"weight offset, float32 weight, width {shape[-1]}", weighted(normal(*shape)), options, _FLOAT32)
     for shape in ((2, 3, 96), (2, 1, 8193), (2, 16400)):
         yield Sample(f"residual, width {shape[-1]}", weighted(normal(*shape), residual=normal(*shape)))
+    for rows, width in ((9, 8208), (3, 16384)):  # rows that the backward pass carries where they are in 16 bits
+        yield Sample(f"carried, width {width}", weighted(normal(rows, width)))
+    yield Sample("carried, residual", weighted(normal(5, 8208), residual=normal(5, 8208)))
+    yield Sample("carried, no weight", {"x": normal(5, 8208)})
     yield Sample("residual, no weight", {"x": normal(5, 48), "residual": normal(5, 48)})
     yield Sample("three rows", weighted(normal(3, 40), residual=normal(3, 40)))
     yield Sample("no rows", weighted(normal(0, 40), residual=normal(0, 40)))

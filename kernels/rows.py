@@ -6,6 +6,11 @@ program keeps to one block of columns, reads the weights of those columns once, 
 blocks of them in flight. Where one block of columns holds the whole row, one read of the row is enough for a norm.
 Where it does not, a first kernel leaves a float32 sum for each row and block of columns (the *parts* of the row's sum),
 and a second adds up the parts and does the rest.
+
+A backward pass holds two rows and the sums of the weights' gradients. Past `FLOAT32_COLUMNS` that is too much for a
+processor's registers, unless the rows stay in 16 bits between their two uses, the row's sum and its gradient. So there
+a program *carries* the row: each turn of its loop writes the gradient of the row that the turn before has summed, then
+loads and sums the next. Within one turn the compiler would keep a row as the float32 numbers that it was summed as.
 """
 
 from __future__ import annotations
@@ -36,6 +41,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# The most columns of a row that a backward pass holds in float32.
+FLOAT32_COLUMNS = 8192
+
+
+def can_carry(x: torch.Tensor) -> bool:
+    """Whether rows of `x` can be held in 16 bits, and are aligned: else each element has an address in registers."""
+    return x.element_size() == 2 and x.shape[-1] % 16 == 0
+
+
 class Division(NamedTuple):
     """How rows are shared out: to `programs` × `column_blocks` programs, launched with the same `options`.
 
@@ -55,6 +69,16 @@ class Division(NamedTuple):
     def parts(self, rows: int, device: torch.device) -> torch.Tensor:
         """Room for the parts of one sum of each row."""
         return torch.empty(rows, self.column_blocks, dtype=torch.float32, device=device)
+
+    @property
+    def carried(self) -> bool:
+        """Whether one block holds the whole row, and in a backward pass has to hold it in 16 bits."""
+        return self.column_blocks == 1 and self.options["BLOCK_COLUMNS"] > FLOAT32_COLUMNS
+
+    @property
+    def carried_options(self) -> dict[str, int]:
+        """The options of a kernel that carries rows, one at a time."""
+        return {name: value for name, value in self.options.items() if name != "BLOCK_ROWS"}
 
     @property
     def padded_parts(self) -> int:
@@ -90,21 +114,26 @@ BACKWARD_CANDIDATES = _by_width(
 )
 
 
-def divide(rows: int, width: int, table: LaunchTable, device: torch.device) -> Division:
-    """Share out `rows` (at least one) of `width` elements as the table says.
+def divide(
+    rows: int, width: int, table: LaunchTable, device: torch.device, most_columns: int | None = None
+) -> Division:
+    """Share out `rows` (at least one) of `width` elements as the table says, as for the widest where a block would
+    have more than `most_columns`.
 
-    Its configurations state BLOCK_COLUMNS, the most columns of one block; BLOCK_ELEMENTS, the most elements of one
-    block; and PROGRAMS, how many programs share a processor.
+    The table's configurations state BLOCK_COLUMNS, the most columns of one block; BLOCK_ELEMENTS, the most elements of
+    one block; and PROGRAMS, how many programs share a processor.
     """
     # Plain integers: triton.cdiv and next_power_of_2 take a microsecond each, and this runs at every launch.
     configuration = table.pick(width, device)
+    if most_columns is not None and configuration.blocks["BLOCK_COLUMNS"] > most_columns:
+        configuration = table.pick(table.largest(), device)
     blocks, stages = configuration.blocks, configuration.num_stages
-    most_columns, elements, programs = blocks["BLOCK_COLUMNS"], blocks["BLOCK_ELEMENTS"], blocks["PROGRAMS"]
+    columns, elements, programs = blocks["BLOCK_COLUMNS"], blocks["BLOCK_ELEMENTS"], blocks["PROGRAMS"]
     if width % 16:
         # Triton moves 16 bytes at once, and past registers, where it knows that rows are aligned: at multiples of 16.
         # In others each element has an address of its own; registers then hold one block in flight, and a smaller one.
-        most_columns, elements, stages = min(most_columns, 8192), elements // 2, 1
-    block_columns = min(1 << (width - 1).bit_length(), most_columns)
+        columns, elements, stages = min(columns, 8192), elements // 2, 1
+    block_columns = min(1 << (width - 1).bit_length(), columns)
     block_rows = max(1, elements // block_columns)
     column_blocks = -(-width // block_columns)
     row_blocks = -(-rows // block_rows)

@@ -20,6 +20,7 @@ NORMS = {rms_norm: ("weight",), layer_norm: ("weight", "bias")}
         (64, 512, True, 1.05),
         (64, 8192, False, 1.05),
         (64, 8192, True, 1.05),
+        (64, 16384, False, 1.05),
         (96, 16640, False, 1.70),
         (32, 16640, True, 1.70),
     ],
