@@ -4,55 +4,232 @@ to be an op of its own.
 The loop depends on the values of `cu_seqlens`, which ``torch.compile`` cannot follow; nothing is lost by an opaque op,
 as attention is not fused with its neighbours anyway. Plain causal and full attention only; calls with other options
 stay with `tilewright.kernels.attention.reference`.
+
+PyTorch's CPU attention computes in float32 where a CPU has no matrix unit, and takes three times as long as products in
+bfloat16 would. Long bfloat16 documents therefore go through `torch.bmm`, a block of queries at a time. It rounds its
+results to bfloat16, far too coarse for scores of 10 or 20; but the difference to the row's largest score may be rounded
+so, for what weighs in a softmax is near it. The difference comes out of the product itself, summed in float32, by one
+more dimension:
+
+    s_ij − c_i = (scale · q_i, −c_i) · (k_j, 1)        c_i = max_j s_ij, from a first product
+
+and likewise in the backward pass, δ_i in two parts that bfloat16 can hold:
+
+    p_ij (dp_ij − δ_i):    dp_ij − δ_i = (do_i, −δ_i) · (v_j, 1)        δ_i = do_i · out_i
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.rows import accumulation_dtype
 
 
-def _documents(
-    cu_seqlens: torch.Tensor, causal: bool, *tensors: torch.Tensor
-) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
-    """Each document's first token and length, and its part of the tensors: (tokens, heads, head_dim) ones as
-    (1, heads, length, head_dim), and (heads, tokens) ones as (1, heads, length).
+class _Documents(NamedTuple):
+    """Documents that are padded to one length and worked on together."""
+
+    spans: list[slice]
+    length: int
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head_dim) as (documents · heads, length, head_dim), and (heads, tokens) as
+        (documents · heads, length)."""
+        parts = [x[span].transpose(0, 1) if x.ndim == 3 else x[:, span] for span in self.spans]
+        gathered = parts[0].new_zeros(len(parts), parts[0].shape[0], self.length, *parts[0].shape[2:])
+        for place, part in zip(gathered, parts, strict=True):
+            place[:, : part.shape[1]] = part
+        return gathered.flatten(0, 1)
+
+    def scatter(self, gathered: torch.Tensor, x: torch.Tensor) -> None:
+        """Write what `gather` would take apart back into `x`."""
+        for span, part in zip(self.spans, gathered.unflatten(0, (len(self.spans), -1)), strict=True):
+            part = part[:, : span.stop - span.start]
+            if x.ndim == 3:
+                x[span] = part.transpose(0, 1)
+            else:
+                x[:, span] = part
+
+
+def _documents(cu_seqlens: torch.Tensor, causal: bool) -> Iterator[_Documents]:
+    """All documents that have tokens, by length.
 
     Causal ones are padded with zeros, which no real query sees, to one of eight lengths in each power of two: PyTorch's
     CPU attention keeps compiled matrix products for every length that it has met, gigabytes of them in the end.
     """
+    by_length: dict[int, list[slice]] = {}
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         length = end - start
-        if length == 0:
-            continue
         step = max(32, 1 << max(0, length.bit_length() - 4))
-        padding = -length % step if causal else 0
-        parts = []
-        for x in tensors:
-            part = x[start:end].transpose(0, 1) if x.ndim == 3 else x[:, start:end]
-            parts.append(F.pad(part, (0, 0, 0, padding) if x.ndim == 3 else (0, padding))[None])
-        yield start, length, parts
+        if length:
+            by_length.setdefault(length + (-length % step if causal else 0), []).append(slice(start, end))
+    return (_Documents(spans, length) for length, spans in by_length.items())
+
+
+# Shorter documents are left to PyTorch's attention, as their products are too small to gain anything, and longer ones,
+# for whose every block of queries all gradients of keys and values would be read and written.
+_LONG = range(256, 2049)
+_BLOCK_QUERIES = 128
+# Scores that exist at a time: about what a CPU's caches hold.
+_SCORES = 1 << 21
+
+
+def _is_long(q: torch.Tensor) -> bool:
+    """Whether a document (heads, length, head_dim) goes through products in bfloat16."""
+    if q.shape[1] not in _LONG or q.dtype != torch.bfloat16:
+        return False
+    native: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return native
+
+
+def _head_spans(q: torch.Tensor) -> list[slice]:
+    """Heads that are worked on together."""
+    step = max(1, _SCORES // (_BLOCK_QUERIES * q.shape[1]))
+    return [slice(first, first + step) for first in range(0, q.shape[0], step)]
+
+
+class _Blocks:
+    """The blocks of queries (heads, length, dims) of one document, and room for their scores."""
+
+    def __init__(self, q: torch.Tensor, causal: bool) -> None:
+        heads, self.length, _ = q.shape
+        self.causal = causal
+        self.room = q.new_empty(2, heads * _BLOCK_QUERIES * self.length)
+        self.future = q.new_full((_BLOCK_QUERIES, _BLOCK_QUERIES), -torch.inf).triu_(1)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """Each block's queries, and the keys that they may see."""
+        for first in range(0, self.length, _BLOCK_QUERIES):
+            end = min(first + _BLOCK_QUERIES, self.length)
+            yield slice(first, end), slice(0, end if self.causal else self.length)
+
+    def product(self, rows: torch.Tensor, columns: torch.Tensor, place: int) -> torch.Tensor:
+        """rows · columnsᵀ, in one of the two rooms."""
+        shape = (rows.shape[0], rows.shape[1], columns.shape[1])
+        out = self.room[place, : rows.shape[0] * rows.shape[1] * columns.shape[1]].view(shape)
+        return torch.bmm(rows, columns.mT, out=out)
+
+    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Those of a block, −∞ where a key lies in the query's future."""
+        scores = self.product(q, k, 0)
+        if self.causal:
+            rows = q.shape[1]
+            scores[..., -rows:] += self.future[:rows, :rows]
+        return scores
+
+    def softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        """Over the keys, in the other room."""
+        return torch.softmax(scores, -1, out=self.room[1, : scores.numel()].view(scores.shape))
+
+
+def _widened(x: torch.Tensor, *summands: torch.Tensor | float) -> torch.Tensor:
+    """x (heads, length, head_dim) with a further dimension for each summand."""
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] + len(summands))
+    out[..., : x.shape[-1]] = x
+    for place, summand in enumerate(summands, x.shape[-1]):
+        out[..., place] = summand
+    return out
+
+
+def _long_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (heads, length, head_dim) and each query's largest score (heads, length)."""
+    out = torch.empty_like(q)
+    largest = q.new_empty(q.shape[:2])
+    # Two dimensions more, one of them for nothing: products take them in pairs.
+    q, k, v = _widened(q * scale, 0.0, 0.0), _widened(k, 1.0, 1.0), v.contiguous()
+    blocks = _Blocks(q, causal)
+    for queries, keys in blocks:
+        # Contiguous, or each product would make a copy of its own.
+        q_block, k_block = q[:, queries].contiguous(), k[:, keys].contiguous()
+        largest[:, queries] = blocks.scores(q_block, k_block).amax(-1)
+        q_block[..., -2] = -largest[:, queries]
+        out[:, queries] = blocks.softmax(blocks.scores(q_block, k_block)) @ v[:, keys]
+    return out, largest
+
+
+def _long_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    largest: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq = torch.empty_like(q)
+    q = q * scale
+    dk, dv = (torch.zeros(k.shape, dtype=torch.float32) for _ in range(2))
+    delta = -(dout.float() * out).sum(-1)
+    coarse = delta.to(dout.dtype)
+    q_shifted, dout_shifted = _widened(q, -largest, 0.0), _widened(dout, coarse, delta - coarse)
+    k_ones, v_ones = _widened(k, 1.0, 1.0), _widened(v, 1.0, 1.0)
+    blocks = _Blocks(q, causal)
+    for queries, keys in blocks:
+        p = blocks.softmax(blocks.scores(q_shifted[:, queries], k_ones[:, keys]))
+        dv[:, keys] += p.mT @ dout[:, queries]
+        dscores = blocks.product(dout_shifted[:, queries], v_ones[:, keys], 0).mul_(p)
+        dq[:, queries] = dscores @ k[:, keys]
+        dk[:, keys] += dscores.mT @ q[:, queries]
+    return dq.mul_(scale), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _heads_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (heads, length, head_dim) and, for the backward pass, lse (heads, length); of long documents their largest
+    scores."""
+    if _is_long(q):
+        parts = [_long_forward(q[heads], k[heads], v[heads], causal=causal, scale=scale) for heads in _head_spans(q)]
+        outs, largest = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(largest)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[None], k[None], v[None], 0.0, causal, scale=scale
+    )
+    return out[0], lse[0]
+
+
+def _heads_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of q, k and v (heads, length, head_dim)."""
+    saved = (dout, q, k, v, out, lse)
+    if _is_long(q):
+        parts = [_long_backward(*[x[heads] for x in saved], causal=causal, scale=scale) for heads in _head_spans(q)]
+        return tuple(torch.cat(gradients) for gradients in zip(*parts, strict=True))
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x[None] for x in saved), 0.0, causal, scale=scale
+    )
+    return tuple(gradient[0] for gradient in gradients)
 
 
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of each document, with key heads repeated for their groups."""
+    """out and what the backward pass needs, of each document, with key heads repeated for their groups."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype), device=q.device)
-    for start, length, parts in _documents(cu_seqlens, causal, q, k, v):
-        result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, causal, scale=scale)
-        out[start : start + length] = result[0, :, :length].transpose(0, 1)
-        lse[:, start : start + length] = sums[0, :, :length]
+    for documents in _documents(cu_seqlens, causal):
+        results = _heads_forward(*[documents.gather(x) for x in (q, k, v)], causal=causal, scale=scale)
+        for result, whole in zip(results, (out, lse), strict=True):
+            documents.scatter(result, whole)
     return out, lse
 
 
@@ -71,12 +248,11 @@ def _backward(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     # Padding has upstream gradient 0, and probabilities exp(0 − 0): it adds nothing to any gradient.
-    for start, length, parts in _documents(cu_seqlens, causal, dout, q, k, v, out, lse):
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *parts, 0.0, causal, scale=scale
-        )
-        for whole, gradient in zip((dq, dk, dv), gradients, strict=True):
-            whole[start : start + length] = gradient[0, :, :length].transpose(0, 1)
+    for documents in _documents(cu_seqlens, causal):
+        parts = [documents.gather(x) for x in (dout, q, k, v, out, lse)]
+        gradients = _heads_backward(*parts, causal=causal, scale=scale)
+        for gradient, whole in zip(gradients, (dq, dk, dv), strict=True):
+            documents.scatter(gradient, whole)
     if group > 1:
         dk, dv = (x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
     return dq, dk, dv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tilewright.corpus import CorpusError
 from tilewright.model import Transformer, initialise
 from tilewright.model.config import ModelConfig
+from tilewright.trainer.activations import keep_products_only
 from tilewright.trainer.errors import TrainingError, disk_error_text
+from tilewright.trainer.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def world() -> Iterator[World]:
     backend = {"cuda": "cuda:nccl,cpu:gloo", "cpu": "gloo"}[device_type]
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
-    if device_type == "cuda":
+    if device_type == "cpu":
+        keep_freed_memory()
+    else:
         if local_rank >= torch.cuda.device_count():
             raise TrainingError(
                 f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as "
@@ -131,6 +135,10 @@ def sharded_model(
     with torch.device("meta"):
         model = Transformer(config)
     if compile:
+        # On a GPU not yet: no one has seen there what the compiler then makes of the Triton ops.
+        if world.device.type == "cpu":
+            for block in model.blocks:
+                keep_products_only(block)
         compile_blocks(model)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
@@ -143,9 +151,32 @@ def sharded_model(
     for block in model.blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    if world.size == 1:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(_ReduceOfOne())  # type: ignore[arg-type]
     model.to_empty(device=world.device)
     initialise(model, seed)
     return model
+
+
+class _ReduceOfOne:
+    """The reduce-scatter of a single process: what FSDP puts in is what comes out, in the same memory.
+
+    With a buffer each for input and output, FSDP would copy every gradient once more. It asks for the two in turn; the
+    collective itself it leaves out for one process.
+    """
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The input first, then the same as output."""
+        if self._input is None:
+            self._input = torch.empty(size, dtype=dtype, device=device)
+            return self._input
+        output, self._input = self._input, None
+        return output
 
 
 def compile_blocks(model: Transformer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels import attention_cpu
 from tilewright.kernels.attention import SPEC, attention, reference
 from tilewright.kernels.attention_cpu import _documents
 from tilewright.kernels.dispatch import use
@@ -43,11 +45,41 @@ def test_the_cpu_path_of_packed_documents_gives_what_each_gives_alone(causal: bo
 
 def test_documents_of_all_lengths_are_padded_to_a_few() -> None:
     starts = torch.arange(1, 1025).cumsum(0).to(torch.int32)
-    x = torch.zeros(int(starts[-1]), 1, 1)
-    padded = {parts[0].shape[2] for _, _, parts in _documents(starts, True, x)}
-    assert len(padded) <= 8 * 6
-    waste = sum(parts[0].shape[2] - length for _, length, parts in _documents(starts, True, x)) / x.shape[0]
-    assert waste < 0.15
+    groups = list(_documents(starts, True))
+    assert len(groups) <= 8 * 6
+    assert sorted((span.start, span.stop) for group in groups for span in group.spans) == list(
+        itertools.pairwise(starts.tolist())
+    )
+    padded = sum(group.length * len(group.spans) for group in groups)
+    assert padded / int(starts[-1] - starts[0]) < 1.15
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize(("causal", "scale"), [(True, 0.125), (False, 0.3)])
+def test_long_documents_in_bfloat16_are_nearly_as_exact_as_pytorchs_attention(causal: bool, scale: float) -> None:
+    """Scores up to 20, to whose last digits bfloat16 cannot hold them; several lengths, of which two are alike."""
+    lengths = (300, 600, 40, 300)
+    tensors = [x.bfloat16().detach().requires_grad_() for x in qkv(sum(lengths), 4, 64, kv_heads=2)]
+    with torch.no_grad():
+        tensors[0] *= 2.0
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    upstream = torch.randn(sum(lengths), 4, 64)
+
+    def results(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        with use("reference"):
+            out = attention(*inputs, causal=causal, scale=scale, cu_seqlens=starts)
+        return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+
+    expected = results(exact)
+    errors = [(got - right).norm() / right.norm() for got, right in zip(results(tensors), expected, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cpu, "_LONG", range(0))
+        others = [(got - right).norm() / right.norm() for got, right in zip(results(tensors), expected, strict=True)]
+    assert others != errors, "both took the same path"
+    for error, other in zip(errors, others, strict=True):
+        assert error < 2.5 * other
+        assert error < 0.01
 
 
 def test_a_causal_token_depends_on_no_later_one() -> None:
