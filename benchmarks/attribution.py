@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -30,6 +31,7 @@ from tilewright.trainer.step import StepResult
 
 # Order statistics of fewer rounds give no 95% interval of a median.
 FEWEST_ROUNDS = 6
+FORMAT = 1
 _AS_IT_IS = "the step as it is"
 
 DEFINITIONS = {
@@ -62,11 +64,16 @@ class Attribution:
 
     Attributes:
         tokens: where the tokens come from, as a phrase.
+        tokens_per_step: over all processes.
+        processes: that take part in the step.
         seconds: of the step as it is.
+        peak_memory_bytes: of the step as it is, a process.
         rounds: seconds of every round, by variant.
     """
 
     tokens: str
+    tokens_per_step: int
+    processes: int
     seconds: Interval
     peak_memory_bytes: int
     rows: list[Row]
@@ -98,7 +105,7 @@ def attribute(workload: Workload, rounds: int, progress: Callable[[str, float], 
     check_rounds(rounds)
     replaced, untouched = replacements(workload)
     variants = {_AS_IT_IS: _Variant(workload, None)}
-    variants |= {f"{r.kernel} by {r.by}": _Variant(workload, r) for r in replaced}
+    variants |= {variant_name(r.kernel, r.by): _Variant(workload, r) for r in replaced}
     steps = _counted(progress, len(variants) * (2 + rounds))
     with _compiled_apart(len(variants)):
         refused = _first_steps(variants, workload.recipe.compute_dtype, steps)
@@ -114,11 +121,18 @@ def attribute(workload: Workload, rounds: int, progress: Callable[[str, float], 
     ]
     return Attribution(
         workload.tokens,
+        workload.recipe.tokens_per_step(),
+        workload.world.size,
         median_interval(seconds[_AS_IT_IS]),
         memory[_AS_IT_IS],
         [*rows, *(Row(u.kernel, "", note=u.why) for u in untouched)],
         seconds,
     )
+
+
+def variant_name(kernel: str, by: str) -> str:
+    """The step with `kernel` replaced, as the rounds name it."""
+    return f"{kernel} by {by}"
 
 
 def check_rounds(rounds: int) -> None:
@@ -131,17 +145,49 @@ def check_rounds(rounds: int) -> None:
         raise TrainingError(f"--steps is {rounds}; a 95% interval of a median needs {FEWEST_ROUNDS} or more")
 
 
+class Recorded(NamedTuple):
+    """An attribution as a file keeps it: with where it was measured, what each figure means, and the recipe."""
+
+    result: Attribution
+    environment: Mapping[str, Any]
+    definitions: Mapping[str, str]
+    recipe: Mapping[str, Any]
+
+
 def record(result: Attribution, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The result ready for JSON, with where it was measured and what each figure means."""
-    return {"environment": environment(device), "definitions": DEFINITIONS, "recipe": asdict(recipe), **asdict(result)}
+    """The result ready for JSON; `recorded` reads it."""
+    where = {"environment": environment(device), "definitions": DEFINITIONS, "recipe": asdict(recipe)}
+    return {"format": FORMAT, **where, **asdict(result)}
+
+
+def is_record(content: Any) -> bool:
+    """Whether a JSON file's content is, or was meant to be, an attribution rather than another kind of record."""
+    return isinstance(content, dict) and {"rows", "rounds", "recipe"} <= content.keys()
+
+
+def recorded(content: Mapping[str, Any], path: Path) -> Recorded:
+    """What `record` gave, from the content of the JSON file `path`.
+
+    Raises:
+        TrainingError: it is of another format, or damaged.
+    """
+    mend = "measure it anew with `tilewright benchmark attribute`"
+    if content.get("format") != FORMAT:
+        raise TrainingError(f"{path} holds no attribution of the format known here ({FORMAT}); {mend}")
+    try:
+        figures = {name: content[name] for name in ("tokens", "tokens_per_step", "processes", "peak_memory_bytes")}
+        rows = [Row(**{**row, "interval": row["interval"] and tuple(row["interval"])}) for row in content["rows"]]
+        rounds = {name: list(map(float, seconds)) for name, seconds in content["rounds"].items()}
+        result = Attribution(**figures, seconds=Interval(*content["seconds"]), rows=rows, rounds=rounds)
+        return Recorded(result, *(dict(content[name]) for name in ("environment", "definitions", "recipe")))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TrainingError(f"{path} holds an attribution that is damaged ({error!r}); {mend}") from error
 
 
 def table(result: Attribution, recipe: Recipe, world: World) -> Table:
     """The rows, as a person reads them."""
     step, compiled = result.seconds, "compiled" if recipe.compile else "eager"
     shown = Table(
-        "kernel",
-        "replaced by",
         title=f"What each kernel buys in a step of {recipe.name}: the step without it ÷ the step with it",
         caption=f"The step as it is: {step.median:.3g} s ({step.low:.3g} to {step.high:.3g}), "
         f"{recipe.tokens_per_step() / step.median:,.0f} tokens/s, at most {gigabytes(result.peak_memory_bytes)} a "
@@ -150,6 +196,8 @@ def table(result: Attribution, recipe: Recipe, world: World) -> Table:
         "interleaved rounds with their 95% intervals. Above 1 the kernel buys something.",
         caption_justify="left",
     )
+    shown.add_column("kernel", no_wrap=True)
+    shown.add_column("replaced by", overflow="fold")
     shown.add_column("time", justify="right", no_wrap=True)
     shown.add_column("peak memory", justify="right", no_wrap=True)
     for row in result.rows:

@@ -19,6 +19,7 @@ _EPILOG = """\
 examples:
   tilewright benchmark attribute quickstart
   tilewright benchmark attribute my-recipe.yaml --steps 15 --json attribution.json
+  tilewright benchmark report attribution.json      the same as a page
   torchrun --nproc-per-node 8 -m tilewright.cli benchmark attribute my-recipe.yaml
 
 The recipe's corpus gives the tokens; where it has not been built, they are random.

@@ -1,8 +1,9 @@
-"""``tilewright benchmark report``: one HTML page of a record, beside an earlier one where it is given."""
+"""``tilewright benchmark report``: one HTML page, of a record beside an earlier one if given, or of an attribution."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "report",
         help="write a page of what was measured, beside an earlier record if given",
         description="Write one self-contained HTML page of a benchmark record: plots over shape, tables, ratios with "
-        "their intervals, environment, and what was predicted and what measured.",
+        "their intervals, environment, and what was predicted and what measured. Given what `tilewright benchmark "
+        "attribute --json` wrote, show what each kernel buys in a training step.",
     )
-    parser.add_argument("new", type=Path, metavar="NEW.json", help="a record that `tilewright benchmark run` wrote")
+    parser.add_argument(
+        "new", type=Path, metavar="NEW.json", help="what `tilewright benchmark run`, or `attribute --json`, wrote"
+    )
     parser.add_argument("base", type=Path, nargs="?", metavar="BASE.json", help="an earlier record to compare with")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
     parser.add_argument(
@@ -40,11 +44,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page; 1 if something is worse than ``--fail-above`` allows."""
     load_benchmarks()
+    from tilewright.benchmarks.attribution import is_record
     from tilewright.benchmarks.report import benchmark_page, records
 
+    content = records.read_json(arguments.new, records.MEND)
+    if is_record(content):
+        return _attribution(arguments, content)
     if arguments.fail_above is not None and arguments.base is None:
         raise TrainingError("--fail-above compares with an earlier record: name it after the new one")
-    new = records.read(arguments.new)
+    new = records.parsed(content, arguments.new)
     base = records.read(arguments.base) if arguments.base is not None else None
     audit = _audit(arguments.audit) if arguments.audit is not None else None
     benchmark_page.write(arguments.output, new, base, audit)
@@ -54,6 +62,20 @@ def run(arguments: argparse.Namespace) -> int:
     if (different := benchmark_page.difference_of_devices(new, base)) is not None:
         print(f"WARNING: {different}")
     return _compare(new, base, arguments.fail_above)
+
+
+def _attribution(arguments: argparse.Namespace, content: Mapping[str, Any]) -> int:
+    from tilewright.benchmarks.attribution import recorded
+    from tilewright.benchmarks.report import attribution_page
+
+    if arguments.base is not None or arguments.fail_above is not None or arguments.audit is not None:
+        raise TrainingError(
+            f"{arguments.new} is an attribution, which is compared with nothing: give it without BASE.json, "
+            "--fail-above and --audit"
+        )
+    attribution_page.write(arguments.output, recorded(content, arguments.new))
+    print(f"report: {arguments.output}")
+    return 0
 
 
 def _compare(new: Record, base: Record, above: float | None) -> int:

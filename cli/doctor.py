@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Say what this machine has and what would run on it: versions, processors, the implementation that each
-kernel would use and why, optional packages, how fast matrix products are. Ends with what to mend, if anything.
+kernel would use and why, where its launch configurations come from, optional packages, how fast matrix
+products are. Ends with what to mend, if anything.
 Changes nothing, and exits with status 0 whatever it finds.
 """
 
@@ -29,6 +30,8 @@ examples:
 """
 
 _DTYPES = ("float32", "bfloat16")
+# Compute capability × 10 of the GPUs whose launch tables are told of where there is no GPU: A100 and H100.
+_WITHOUT_GPU = (80, 90)
 
 _Peaks = dict[tuple[str, str], float]
 
@@ -64,6 +67,9 @@ def _run(arguments: argparse.Namespace) -> int:
     _show(console, "Versions", versions)
     _show(console, "Machine", dict(_machine(facts)))
     _show_kernels(console, devices)
+    chips = dict.fromkeys(int(gpu["capability"].replace(".", "")) for gpu in facts["gpus"]) or _WITHOUT_GPU
+    for line in _launch_tables(chips):
+        console.print(f"  launch tables, {line}", markup=False, soft_wrap=True)
     _show(console, "Optional packages", {name: _verdict(probe) for name, probe in probes.items()})
     peaks = {} if arguments.quick else _measure(console, devices)
     advice = list(_advice(facts, probes, peaks))
@@ -124,6 +130,27 @@ def _show_kernels(console: Console, devices: list[torch.device]) -> None:
     console.print(table)
     for reason, columns in reasons.items():
         console.print(f"  {', '.join(columns)}: {reason}", markup=False, soft_wrap=True)
+
+
+def _launch_tables(chips: Iterable[int]) -> Iterator[str]:
+    """Where each op's launch configurations come from: one line for all generations of GPU that are alike in it."""
+    alike: dict[str, list[str]] = {}
+    for chip in chips:
+        alike.setdefault(_launch_sources(chip), []).append(f"sm_{chip}")
+    return (f"{' and '.join(names)}: {sources}" for sources, names in alike.items())
+
+
+def _launch_sources(chip: int) -> str:
+    from tilewright.kernels.registry import SPECS
+
+    ops: dict[str, list[str]] = {}
+    try:
+        for spec in SPECS:
+            sources = dict.fromkeys(table.source(chip) for table in spec.tables.values())
+            ops.setdefault("; ".join(sources), []).append(spec.name)
+    except ValueError as error:  # the file of measured rows is damaged
+        return str(error)
+    return " | ".join(f"{', '.join(names) if len(ops) > 1 else 'every op'}: {source}" for source, names in ops.items())
 
 
 def _verdict(probe: Probe) -> str:

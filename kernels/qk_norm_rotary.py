@@ -34,11 +34,10 @@ from tilewright.kernels.checks import check_float, check_same, check_shape, chec
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable, processors
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
-from tilewright.kernels.model_shapes import MODELS, batches
 from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.rms_norm import reference as normed
 from tilewright.kernels.rotary import SPEC as ROTARY
-from tilewright.kernels.rotary import batched, check_rotary, turned
+from tilewright.kernels.rotary import HeadShape, batched, check_rotary, fused_samples, turned
 from tilewright.kernels.rotary_tables import rotary_tables
 
 if HAS_TRITON:
@@ -616,27 +615,17 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
-    shapes = {
-        model.name: (model.heads, model.kv_heads, model.head_dim, model.head_dim, False, False) for model in MODELS
+    others = {
+        "Qwen3 8B, positions": HeadShape(32, 8, 128, 128, positions=True),
+        "Qwen3 30B-A3B, interleaved": HeadShape(32, 4, 128, 128, interleaved=True),
+        "Gemma-3 12B, positions": HeadShape(16, 8, 256, 256, positions=True),
+        "Gemma-3 1B": HeadShape(4, 1, 256, 256),
+        "16 heads, partly turned": HeadShape(16, 4, 96, 32, positions=True),
     }
-    shapes |= {
-        "Qwen3 8B, positions": (32, 8, 128, 128, True, False),
-        "Qwen3 30B-A3B, interleaved": (32, 4, 128, 128, False, True),
-        "Gemma-3 12B, positions": (16, 8, 256, 256, True, False),
-        "Gemma-3 1B": (4, 1, 256, 256, False, False),
-        "16 heads, partly turned": (16, 4, 96, 32, True, False),
-    }
-    for name, (heads, kv_heads, head_dim, rotary_dim, with_positions, interleaved) in shapes.items():
-        for length_name, sequences, length in batches(small):
-            projected = torch.empty(sequences, length, heads + 2 * kv_heads, head_dim, dtype=dtype)
-            cos, sin = torch.empty(2, length, rotary_dim // 2)
-            q_weight, k_weight = torch.empty(2, head_dim)
-            q, k = projected[..., :heads, :], projected[..., heads : heads + kv_heads, :]
-            tensors = {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
-            if with_positions:
-                tensors["positions"] = torch.zeros(sequences, length, dtype=torch.int64)
-            options = {"interleaved": interleaved}
-            yield Sample(f"{name} {length_name}", tensors, options, frozenset({"q_weight", "k_weight", "cos", "sin"}))
+    for sample in fused_samples(others, dtype, small):
+        q_weight, k_weight = torch.empty(2, sample.tensors["q"].shape[-1])
+        tensors = {**sample.tensors, "q_weight": q_weight, "k_weight": k_weight}
+        yield Sample(sample.label, tensors, sample.options, frozenset({"q_weight", "k_weight", "cos", "sin"}))
 
 
 def _work(sample: Sample) -> Passes:

@@ -19,7 +19,7 @@ which keeps the angles exact to 24 bits. All arithmetic is float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -427,30 +427,39 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("expanded", {**expanded, **tables(4, 256)})
 
 
-def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
-    # Positions or not; halves or interleaved; how much of a head is turned.
-    shapes = {
-        model.name: (model.heads, model.kv_heads, model.head_dim, model.head_dim, False, False) for model in MODELS
-    }
-    shapes |= {
-        "8B, positions": (32, 8, 128, 128, True, False),
-        "125M, interleaved": (12, 12, 64, 64, False, True),
-        "Phi-2, positions": (32, 32, 80, 32, True, False),
-        "GPT-J, positions, interleaved": (16, 16, 256, 64, True, True),
-    }
-    for name, (heads, kv_heads, head_dim, rotary_dim, with_positions, interleaved) in shapes.items():
+class HeadShape(NamedTuple):
+    """What the audit turns: the first `rotary_dim` elements of so many heads, and with which options."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    positions: bool = False
+    interleaved: bool = False
+
+
+def fused_samples(others: dict[str, HeadShape], dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    """q and k in one projection, and the tables, at the shapes of `MODELS` and of `others` by their names."""
+    models = {model.name: HeadShape(model.heads, model.kv_heads, model.head_dim, model.head_dim) for model in MODELS}
+    for name, (heads, kv_heads, head_dim, rotary_dim, with_positions, interleaved) in (models | others).items():
         for length_name, sequences, length in batches(small):
             projected = torch.empty(sequences, length, heads + 2 * kv_heads, head_dim, dtype=dtype)
+            q, k, _ = projected.split([heads, kv_heads, kv_heads], dim=2)
             cos, sin = torch.empty(2, length, rotary_dim // 2)
-            tensors = {
-                "q": projected[..., :heads, :],
-                "k": projected[..., heads : heads + kv_heads, :],
-                "cos": cos,
-                "sin": sin,
-            }
+            tensors = {"q": q, "k": k, "cos": cos, "sin": sin}
             if with_positions:
                 tensors["positions"] = torch.zeros(sequences, length, dtype=torch.int64)
             yield Sample(f"{name} {length_name}", tensors, {"interleaved": interleaved})
+
+
+def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
+    others = {
+        "8B, positions": HeadShape(32, 8, 128, 128, positions=True),
+        "125M, interleaved": HeadShape(12, 12, 64, 64, interleaved=True),
+        "Phi-2, positions": HeadShape(32, 32, 80, 32, positions=True),
+        "GPT-J, positions, interleaved": HeadShape(16, 16, 256, 64, positions=True, interleaved=True),
+    }
+    return fused_samples(others, dtype, small)
 
 
 def _work(sample: Sample) -> Passes:

@@ -11,9 +11,10 @@ from tilewright.kernels.launch import PROCESSORS
 _KIB = 1024
 _WARP = 32  # threads
 
-# How resources are handed out, alike on all three generations (the tables of NVIDIA's occupancy calculator, which ships
-# with Nsight Compute): registers to a warp in units of 256, warps to a multiprocessor's four quarters alike, shared
-# memory to a block in units of 128 bytes, 1 KiB of which the driver takes for itself.
+# How resources are handed out, alike on all three generations: registers to a warp in units of 256, warps to a
+# multiprocessor's four quarters alike, shared memory to a block in units of 128 bytes, 1 KiB of which the driver takes
+# for itself. Sources: cuda_occupancy.h, NVIDIA's own calculator, which triton ships and the tests compare with; for the
+# 1 KiB, which that leaves to the driver, NVIDIA's tuning guides of Ampere and Hopper.
 _REGISTER_UNIT = 256
 _QUARTERS = 4
 _SHARED_UNIT = 128
@@ -22,10 +23,7 @@ _SHARED_RESERVED = 1 * _KIB
 
 @dataclass(frozen=True)
 class Chip:
-    """One GPU.
-
-    Limits of a multiprocessor: CUDA C++ Programming Guide, technical specifications per compute capability. Peaks:
-    NVIDIA's datasheet of the GPU, products dense; no kernel reaches them.
+    """One GPU; no kernel reaches its peaks.
 
     Attributes:
         name: the product.
@@ -48,7 +46,7 @@ class Chip:
 
     @property
     def processors(self) -> int:
-        """Streaming multiprocessors."""
+        """Streaming multiprocessors: those of NVIDIA's white papers; of B200, where none says, what CUDA reports."""
         return PROCESSORS[self.generation]
 
     @property
@@ -57,10 +55,15 @@ class Chip:
         return SHARED_MEMORY[self.generation]
 
 
+# Limits of a multiprocessor: CUDA C++ Programming Guide, technical specifications of compute capability 8.0, 9.0, 10.0.
 CHIPS = {
+    # A100 datasheet, A100 80GB SXM: 2,039 GB/s; 312 TFLOPS dense.
     80: Chip("A100-SXM4-80GB", 80, 164 * _KIB, peak_bandwidth=2.039e12, peak_flops=312e12),
+    # H100 datasheet, H100 SXM: 3.35 TB/s; 1,979 TFLOPS with sparsity, dense half of it (989.4 in the white paper).
     90: Chip("H100-SXM5-80GB", 90, 228 * _KIB, peak_bandwidth=3.35e12, peak_flops=989e12),
-    100: Chip("B200", 100, 228 * _KIB, peak_bandwidth=8.0e12, peak_flops=2250e12),
+    # Blackwell Architecture Technical Brief 2.1, table 3, a GPU of HGX B200: 7.7 TB/s, where the first announcements
+    # said 8; 4.5 PFLOPS with sparsity, dense half of it.
+    100: Chip("B200", 100, 228 * _KIB, peak_bandwidth=7.7e12, peak_flops=2250e12),
 }
 
 

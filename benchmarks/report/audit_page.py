@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,20 @@ from tilewright.benchmarks.audit.bars import BARS, verdicts
 from tilewright.benchmarks.audit.chips import CHIPS
 from tilewright.benchmarks.report.peers_section import against_peers
 from tilewright.benchmarks.report.plots import Curve, Dots, Point, lines_of_dots, over_shapes
-from tilewright.benchmarks.report.tables import Cell, amount, folded, seconds, section, soft, table, warning
+from tilewright.benchmarks.report.tables import (
+    PLACE,
+    Cell,
+    amount,
+    chip_name,
+    folded,
+    place,
+    seconds,
+    section,
+    side_by_side,
+    soft,
+    table,
+    warning,
+)
 from tilewright.trainer import page
 from tilewright.trainer.plot import Plot
 from tilewright.trainer.quantities import percent
@@ -51,11 +65,6 @@ def _header(audit: _Row) -> str:
     return f"<header>\n<h1>Audit of the kernels</h1>\n{soft(line)}\n</header>"
 
 
-def chip_name(chip: int) -> str:
-    """As compilers write it: sm_90."""
-    return f"sm_{chip}"
-
-
 def _headlines(audit: _Row) -> Iterator[tuple[str, str, str]]:
     kernels = list(audit["kernels"].values())
     yield "launches", f"{len(audit['launches']):,}", f"of {len({row['op'] for row in audit['launches']})} ops"
@@ -70,9 +79,7 @@ def _headlines(audit: _Row) -> Iterator[tuple[str, str, str]]:
 
 
 def _errors(audit: _Row) -> str:
-    errors = audit.get("errors") or []
-    rows = ([str(error.get(key, "")) for key in ("op", "sample", "chip", "pass", "message")] for error in errors)
-    listed = table(("op", "shape", "chip", "pass", "error"), rows)
+    listed = table((*PLACE, "error"), ([*place(error), error["message"]] for error in audit.get("errors") or []))
     return section("Errors", warning("Some launches could not be examined."), listed) if listed else ""
 
 
@@ -95,13 +102,8 @@ def _bars(audit: _Row) -> str:
 
 
 def _bounds(audit: _Row) -> dict[str, float]:
-    """What each row of traffic that has a bar may reach at most, by its place."""
+    """What each row of traffic that has a bar may reach at most, by its place in one string, as the bars name it."""
     return {figure.row: bar.bound for bar in BARS for figure in bar.figures(audit)}
-
-
-def _place(row: _Row) -> str:
-    """As the bars name a row of traffic."""
-    return f"{row['op']} {row['sample']} {chip_name(row['chip'])} {row['pass']}"
 
 
 def _traffic(audit: _Row) -> str:
@@ -112,13 +114,10 @@ def _traffic(audit: _Row) -> str:
         for key in ("byte_ratio", "flop_ratio")
         if (plot := _ratio_plot(audit, op, key, bounds)) is not None
     ]
-    header = ("op", "shape", "chip", "pass", "bytes issued", "÷ needed", "FLOPs issued", "÷ needed", "note")
+    header = (*PLACE, "bytes issued", "÷ needed", "FLOPs issued", "÷ needed", "note")
     rows = (
         [
-            row["op"],
-            row["sample"],
-            chip_name(row["chip"]),
-            row["pass"],
+            *place(row),
             Cell(amount(row.get("bytes_issued"))),
             Cell(_two(row.get("byte_ratio"))),
             Cell(_scientific(row.get("flops_issued"))),
@@ -135,7 +134,7 @@ def _traffic(audit: _Row) -> str:
             "have a ratio. Bytes are of requests: what attention reads again comes mostly from the L2 cache, so there "
             "its operations are shown."
         ),
-        page.plots(drawn) if drawn else "",
+        side_by_side(drawn),
         folded(f"All {len(audit['traffic']):,} rows", table(header, rows)),
     )
 
@@ -163,61 +162,45 @@ def _ratio_plot(audit: _Row, op: str, key: str, bounds: Mapping[str, float]) -> 
         return None
     what = "Bytes" if key == "byte_ratio" else "FLOPs"
     caption = f"{what} issued ÷ needed, the worst of all options and chips{', over row width' if by_width else ''}."
-    bars = {shape(row): bounds[_place(row)] for row in rows if _place(row) in bounds}
+    bars = {shape(row): bounds[at] for row in rows if (at := " ".join(place(row))) in bounds}
     return over_shapes(f"{op}: {what} issued", caption, curves, "issued ÷ needed", log=False, bars=bars)
 
 
 def _compiled(audit: _Row) -> str:
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name, kernel in audit["kernels"].items():
-        groups.setdefault((kernel["kernel"], kernel["chip"]), []).append(name)
-    launches: dict[str, int] = {}
-    for row in audit["launches"]:
-        launches[row["kernel"]] = launches.get(row["kernel"], 0) + 1
+    groups: dict[tuple[str, int], list[_Row]] = {}
+    for kernel in audit["kernels"].values():
+        groups.setdefault((kernel["kernel"], kernel["chip"]), []).append(kernel)
+    launched = [audit["kernels"].get(row["kernel"], {}) for row in audit["launches"]]
+    launches = Counter((kernel.get("kernel"), kernel.get("chip")) for kernel in launched)
     drawn = [
-        _kernel_plot(audit, groups, "Registers", "Of one thread; 255 is the most.", lambda k: k["registers"], ""),
-        _kernel_plot(
-            audit, groups, "Occupancy", "Resident warps of those that fit.", lambda k: 100 * k["occupancy"], "%"
-        ),
+        _kernel_plot(groups, "Registers", "Of one thread; 255 is the most.", lambda k: k["registers"], "registers"),
+        _kernel_plot(groups, "Occupancy", "Resident warps of those that fit.", lambda k: 100 * k["occupancy"], "%"),
     ]
-    header = [
-        "kernel",
-        "chip",
-        "variants",
-        "launches",
-        "registers",
-        "spills",
-        "stack",
-        "shared memory",
-        "blocks per SM",
-    ]
-    header += ["occupancy", "limited by", "128-bit accesses", "tensor cores", "hottest loop", "compile"]
-    rows = (
-        _kernel_row(name, chip, [audit["kernels"][one] for one in ids], sum(launches.get(one, 0) for one in ids))
-        for (name, chip), ids in groups.items()
-    )
+    header = ("kernel", "chip", "variants", "launches", "registers", "spills", "stack", "shared memory",
+              "blocks per SM", "occupancy", "limited by", "128-bit accesses", "tensor cores", "hottest loop",
+              "compile")  # fmt: skip
+    rows = (_kernel_row(*group, kernels, launches[group]) for group, kernels in groups.items())
     return section(
         "What the compiler made of them",
         soft("Dot: the median over what a kernel is compiled for; line: from the least to the greatest."),
-        page.plots(drawn),
+        side_by_side(drawn),
         folded(f"All {len(groups)} kernels and chips", table(header, rows)),
         folded(f"All {len(audit['launches']):,} launches", _launch_table(audit)),
     )
 
 
 def _kernel_plot(
-    audit: _Row,
-    groups: Mapping[tuple[str, int], Sequence[str]],
+    groups: Mapping[tuple[str, int], Sequence[_Row]],
     title: str,
     caption: str,
     figure: Callable[[_Row], float],
     unit: str,
 ) -> Plot:
     lines: dict[str, dict[str, Point]] = {}
-    for (name, chip), ids in groups.items():
-        values = [figure(audit["kernels"][one]) for one in ids]
+    for (name, chip), kernels in groups.items():
+        values = [figure(kernel) for kernel in kernels]
         lines.setdefault(name, {})[chip_name(chip)] = Point(statistics.median(values), min(values), max(values))
-    return lines_of_dots(title, caption, [Dots(name, of) for name, of in lines.items()], unit or title.lower())
+    return lines_of_dots(title, caption, [Dots(name, of) for name, of in lines.items()], unit)
 
 
 def _kernel_row(name: str, chip: int, kernels: Sequence[_Row], launches: int) -> list[str | Cell]:
@@ -243,8 +226,8 @@ def _kernel_row(name: str, chip: int, kernels: Sequence[_Row], launches: int) ->
 
 
 def _launch_table(audit: _Row) -> str:
-    header = ["op", "shape", "chip", "pass", "kernel", "grid", "warps", "stages", "constants", "registers", "spills"]
-    header += ["stack", "shared memory", "occupancy", "128-bit accesses", "tensor cores"]
+    header = (*PLACE, "kernel", "grid", "warps", "stages", "constants", "registers", "spills", "stack",
+              "shared memory", "occupancy", "128-bit accesses", "tensor cores")  # fmt: skip
     return table(header, (_launch_row(row, audit["kernels"].get(row["kernel"], {})) for row in audit["launches"]))
 
 
@@ -252,10 +235,7 @@ def _launch_row(row: _Row, kernel: _Row) -> list[str | Cell]:
     blocks = {name: value for name, value in (kernel.get("constants") or {}).items() if "BLOCK" in name}
     products = kernel.get("tensor_cores") or {}
     return [
-        row["op"],
-        row["sample"],
-        chip_name(row["chip"]),
-        row["pass"],
+        *place(row),
         str(kernel.get("kernel", "")),
         " × ".join(map(str, row["grid"])),  # noqa: RUF001
         Cell(str(kernel.get("num_warps", ""))),
@@ -275,18 +255,7 @@ def _floors(audit: _Row) -> str:
     floors = [row for row in audit["floors"] if row.get("microseconds") is not None]
     ops = dict.fromkeys(row["op"] for row in floors)
     drawn = [_floor_plot(op, [row for row in floors if row["op"] == op]) for op in ops]
-    header = ("op", "shape", "chip", "pass", "floor, predicted", "bound by")
-    rows = (
-        [
-            row["op"],
-            row["sample"],
-            chip_name(row["chip"]),
-            row["pass"],
-            Cell(seconds(1e-6 * row["microseconds"])),
-            str(row.get("bound") or ""),
-        ]
-        for row in floors
-    )
+    rows = ([*place(row), Cell(seconds(1e-6 * row["microseconds"])), row.get("bound") or ""] for row in floors)
     return section(
         "The roofline floor, predicted",
         soft(
@@ -295,8 +264,8 @@ def _floors(audit: _Row) -> str:
             "be counted, what the op needs stands in for what it issues. How near a kernel comes to its floor, only a "
             "GPU can tell."
         ),
-        page.plots(drawn) if drawn else "",
-        folded(f"All {len(floors):,} floors, predicted", table(header, rows)),
+        side_by_side(drawn),
+        folded(f"All {len(floors):,} floors, predicted", table((*PLACE, "floor, predicted", "bound by"), rows)),
     )
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tilewright.benchmarks.report.plots import Curve, Dots, Point, lines_of_dots, over_shapes
 from tilewright.benchmarks.report.ratios import METHOD, Change, changes, memory_ratio, time_ratio
-from tilewright.benchmarks.report.records import OURS, Case, Record, Row, cases_of, rival_of
-from tilewright.benchmarks.report.tables import Cell, amount, folded, seconds, section, soft, table, warning
+from tilewright.benchmarks.report.records import OURS, Case, Record, Row, cases_of, code_of, origin, rival_of
+from tilewright.benchmarks.report.tables import (
+    Cell,
+    amount,
+    folded,
+    ratio_cell,
+    seconds,
+    section,
+    side_by_side,
+    soft,
+    table,
+    warning,
+)
 from tilewright.trainer import page
 from tilewright.trainer.plot import Plot
 from tilewright.trainer.quantities import percent
@@ -79,12 +89,10 @@ def difference_of_devices(new: Record, base: Record) -> str | None:
 
 
 def _header(new: Record, base: Record | None) -> str:
-    facts = [f"measured on {new.device}", new.code, str(new.environment.get("time") or "")]
-    line = " · ".join(escape(fact) for fact in facts if fact)
-    compared = f'<p class="soft">Compared with {escape(base.path.name)}: {escape(base.code)}</p>' if base else ""
+    compared = soft(f"Compared with {base.path.name}: {code_of(base.environment)}") if base else ""
     different = difference_of_devices(new, base) if base else None
     note = warning(different) if different else ""
-    return f'<header>\n<h1>Benchmarks</h1>\n<p class="soft">{line}</p>\n{compared}\n{note}\n</header>'
+    return f"<header>\n<h1>Benchmarks</h1>\n{soft(origin(new.environment))}\n{compared}\n{note}\n</header>"
 
 
 def _headlines(new: Record, cases: _Cases) -> Iterator[tuple[str, str, str]]:
@@ -118,7 +126,7 @@ def _ours_against_others(cases: _Cases, colors: Mapping[str, int]) -> str:
         for title, ratio_of in (("Time, ours ÷ other", _time_in_run), ("Peak memory, ours ÷ other", memory_ratio))
         if (plot := _ratio_plot(title, cases, ratio_of, colors)) is not None
     ]
-    return section("Ours against others", page.plots(drawn)) if drawn else ""
+    return section("Ours against others", side_by_side(drawn))
 
 
 def _ratio_plot(title: str, cases: _Cases, ratio_of: _RatioOf, colors: Mapping[str, int]) -> Plot | None:
@@ -141,9 +149,8 @@ def _ratio_plot(title: str, cases: _Cases, ratio_of: _RatioOf, colors: Mapping[s
 def _ops(cases: _Cases, colors: Mapping[str, int]) -> Iterator[str]:
     for op in dict.fromkeys(case.op for case in cases):
         of_op = {case: rows for case, rows in cases.items() if case.op == op}
-        drawn = list(_time_plots(op, of_op, colors))
         count = sum(map(len, of_op.values()))
-        yield section(op, page.plots(drawn) if drawn else "", folded(f"All {count} rows", _table(of_op)))
+        yield section(op, side_by_side(_time_plots(op, of_op, colors)), folded(f"All {count} rows", _table(of_op)))
 
 
 def _time_plots(op: str, cases: _Cases, colors: Mapping[str, int]) -> Iterator[Plot]:
@@ -193,19 +200,10 @@ def _table_row(row: Row, rival: Row | None, columns: Sequence[_Column]) -> list[
         Cell(seconds(time.value)),
         Cell(f"{seconds(time.low)} to {seconds(time.high)}"),
         *(Cell(column.shown(row.figures[column.key]) if column.key in row.figures else "n/a") for column in columns),
-        _ratio_cell(_time_in_run(rival, row) if rival else None),
-        _ratio_cell(memory_ratio(rival, row) if rival else None),
+        ratio_cell(_time_in_run(rival, row) if rival else None),
+        ratio_cell(memory_ratio(rival, row) if rival else None),
         row.note,
     ]
-
-
-def _ratio_cell(ratio: Point | None) -> Cell:
-    """A ratio with its interval, coloured where all of it lies on one side of 1."""
-    if ratio is None:
-        return Cell("")
-    interval = "" if ratio.low == ratio.high else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
-    verdict = " worse" if ratio.low > 1 else " better" if ratio.high < 1 else ""
-    return Cell(f"{ratio.value:.2f}{interval}", f"number{verdict}")
 
 
 def _against_base(new: Record, base: Record) -> str:
@@ -217,14 +215,13 @@ def _against_base(new: Record, base: Record) -> str:
     header = ["op", "shape", "dtype", "pass", "provider", "new", "base", "time: new ÷ base", "memory: new ÷ base"]
     here = {(row.case, row.provider) for row in new.rows}
     gone = [f"{row.case}, {row.provider}" for row in base.rows if (row.case, row.provider) not in here]
-    drawn = list(_change_plots(found))
     return section(
         "New ÷ base",
         soft(
             f"{len(changed):,} of {len(found):,} rows differ: all of the interval of their time lies on one side of 1, "
             "or their memory differs. Right of the line, and red, is worse than the base."
         ),
-        page.plots(drawn) if drawn else "",
+        side_by_side(_change_plots(found)),
         folded(f"The {len(changed):,} rows that differ, the slowest first", table(header, map(_change_row, changed))),
         folded(f"All {len(found):,} rows", table(header, map(_change_row, ordered))),
         folded(f"{len(gone):,} rows of the base that the new record lacks", soft("; ".join(gone)) if gone else ""),
@@ -241,8 +238,8 @@ def _change_row(change: Change) -> list[str | Cell]:
         change.new.provider,
         Cell(seconds(change.new.seconds.value)),
         Cell(seconds(change.base.seconds.value)),
-        _ratio_cell(change.time),
-        _ratio_cell(change.memory),
+        ratio_cell(change.time),
+        ratio_cell(change.memory),
     ]
 
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tilewright.benchmarks.report.plots import Dots, Point, lines_of_dots
-from tilewright.benchmarks.report.tables import Cell, folded, section, soft, table
-from tilewright.trainer import page
+from tilewright.benchmarks.report.tables import PLACE, Cell, folded, place, section, side_by_side, soft, table
 from tilewright.trainer.plot import Plot
 
 _VERDICTS = ("better", "equal", "worse")
@@ -31,12 +30,11 @@ def against_peers(rows: Sequence[Mapping[str, Any]]) -> str:
         ([*kind, *(_count(verdict, counts[*kind, verdict]) for verdict in _VERDICTS)] for kind in kinds),
     )
     worse = [row for row in rows if row["verdict"] == "worse"]
-    drawn = list(_plots(rows))
     return section(
         "Against other libraries",
         soft("The same audit of their kernels, at the same shapes and with their own launch rules."),
         summary,
-        page.plots(drawn) if drawn else "",
+        side_by_side(_plots(rows)),
         f"{soft('Where ours is worse:')}\n{_listed(worse)}" if worse else "",
         folded(f"All {len(rows):,} rows", _listed(rows)),
     )
@@ -47,15 +45,11 @@ def _count(verdict: str, number: int) -> Cell:
 
 
 def _listed(rows: Sequence[Mapping[str, Any]]) -> str:
-    header = ("op", "shape", "chip", "pass", "peer", "figure", "ours", "theirs", "verdict")
     return table(
-        header,
+        (*PLACE, "peer", "figure", "ours", "theirs", "verdict"),
         (
             [
-                row["op"],
-                row["sample"],
-                f"sm_{row['chip']}",
-                row["pass"],
+                *place(row),
                 row["peer"],
                 row["figure"],
                 Cell(_value(row["ours"])),

@@ -1,4 +1,4 @@
-"""The two kinds of plot on the pages: curves over the shapes of an op, and a line of dots for each of many things."""
+"""The plots of the pages: curves over the shapes of an op, and for each of many things a line of dots or a bar."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from tilewright.trainer.plot import COLORS, INK, SOFT, Plot, svg
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Of a ratio above 1, below it, and of one that may be either: the colours of "better", "worse" and what is soft.
+_GAIN, _LOSS, _NEITHER = COLORS[2], COLORS[4], COLORS[7]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -121,8 +123,7 @@ def lines_of_dots(
         colors: which of the page's colours each series takes; in the order of their names if not given.
     """
     names = list(dict.fromkeys(name for line in lines for name in line.points))
-    labels = ["\n".join(textwrap.wrap(line.label, 42, max_lines=3, placeholder="…")) for line in lines]
-    deepest = max(label.count("\n") for label in labels) + 1
+    labels, deepest = _wrapped([line.label for line in lines])
 
     def draw(axes: Axes) -> None:
         for number, name in enumerate(names):
@@ -138,9 +139,7 @@ def lines_of_dots(
             axes.axvline(at, color=INK, linewidth=1.0)
             # What differs by next to nothing should look so.
             axes.set_xlim(min(axes.get_xlim()[0], 0.9 * at), max(axes.get_xlim()[1], 1.1 * at))
-        axes.set_ylim(len(lines) - 0.4, -0.6)
-        axes.set_yticks(range(len(lines)), labels, fontsize=8)
-        axes.tick_params(axis="y", length=0)
+        _one_line_each(axes, labels)
         axes.set_xlabel(unit)
         if log:
             _logarithmic(axes, of="x")
@@ -151,6 +150,53 @@ def lines_of_dots(
 
     height = 0.75 + (0.05 + 0.14 * deepest) * len(lines) + 0.17 * (-(-len(names) // 3))
     return Plot(title, caption, svg(title, draw, inches=(5.0, height)))
+
+
+def bars_from_one(title: str, caption: str, ratios: Mapping[str, Point], unit: str) -> Plot:
+    """A bar from 1 to each of `ratios`, the first on top, with its interval as a line, green where all of that lies
+    above 1, red where all of it lies below.
+
+    Args:
+        title: unique on its page.
+        caption: how to read it.
+        ratios: by what they are about.
+        unit: of the ratios.
+    """
+    labels, deepest = _wrapped(list(ratios))
+    points = list(ratios.values())
+
+    def draw(axes: Axes) -> None:
+        places = range(len(points))
+        colors = [_GAIN if point.low > 1 else _LOSS if point.high < 1 else _NEITHER for point in points]
+        axes.barh(places, [point.value - 1 for point in points], left=1, height=0.5, color=colors)
+        axes.hlines(places, [point.low for point in points], [point.high for point in points], color=INK, linewidth=1.1)
+        axes.axvline(1, color=INK, linewidth=1.0)
+        low, high = min(0.95, *(p.low for p in points)), max(1.05, *(p.high for p in points))
+        # What differs by next to nothing should look so, and a figure stands behind each bar.
+        axes.set_xlim(low * (low / high) ** 0.03, high * (high / low) ** 0.2)
+        for place, point in enumerate(points):
+            axes.annotate(
+                f"{point.value:.2f}", (max(1, point.high), place), (4, 0), textcoords="offset points", va="center",
+                fontsize=8,
+            )  # fmt: skip
+        _one_line_each(axes, labels)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(unit)
+        _logarithmic(axes, of="x")
+
+    return Plot(title, caption, svg(title, draw, inches=(5.0, 0.75 + (0.12 + 0.14 * deepest) * len(points))))
+
+
+def _wrapped(labels: Sequence[str]) -> tuple[list[str], int]:
+    """The labels in lines that fit beside the axes, and the most lines that one has."""
+    wrapped = ["\n".join(textwrap.wrap(label, 42, max_lines=3, placeholder="…")) for label in labels]
+    return wrapped, max(label.count("\n") for label in wrapped) + 1
+
+
+def _one_line_each(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.tick_params(axis="y", length=0)
 
 
 def _draw_points(axes: Axes, places: Sequence[float], points: Sequence[Point], curve: Curve, marker: str) -> None:

@@ -15,6 +15,7 @@ from tilewright.trainer.errors import TrainingError
 _FORMAT = 1
 OURS = "ours"
 _OURS_COMPILED, _TORCH_COMPILE = "ours compiled", "torch.compile"
+MEND = "give a file that `tilewright benchmark run` wrote"
 
 
 class Case(NamedTuple):
@@ -90,29 +91,41 @@ class Record:
     @property
     def device(self) -> str:
         """What the figures were measured on, as a person names it."""
-        if self._gpu:
-            return str(self._gpu.get("name") or "a GPU of unknown name")
-        return str(_mapping(self.environment, "cpu").get("model") or "a CPU of unknown model")
+        return device_of(self.environment)
 
     @property
     def chip(self) -> int | None:
         """The compute capability of the GPU that was measured, as in 90; None on a CPU."""
-        capability = re.fullmatch(r"(\d+)\.(\d)", str(self._gpu.get("capability")))
+        capability = re.fullmatch(r"(\d+)\.(\d)", str(_gpu(self.environment).get("capability")))
         return int(capability[1] + capability[2]) if capability else None
 
-    @property
-    def _gpu(self) -> Mapping[str, Any]:
-        gpus = self.environment.get("gpus")
-        on_cpu = str(self.environment.get("device") or "").startswith("cpu")
-        return gpus[0] if isinstance(gpus, list) and gpus and isinstance(gpus[0], dict) and not on_cpu else {}
 
-    @property
-    def code(self) -> str:
-        """The commit that was measured, and whether tracked files differed from it."""
-        git = self.environment.get("git")
-        if not isinstance(git, dict) or not git.get("commit"):
-            return "of no known commit"
-        return f"commit {str(git['commit'])[:10]}{', with changes that are not committed' if git.get('dirty') else ''}"
+def device_of(environment: Mapping[str, Any]) -> str:
+    """What was measured on, as a person names it."""
+    if gpu := _gpu(environment):
+        return str(gpu.get("name") or "a GPU of unknown name")
+    return str(_mapping(environment, "cpu").get("model") or "a CPU of unknown model")
+
+
+def code_of(environment: Mapping[str, Any]) -> str:
+    """The commit that was measured, and whether tracked files differed from it."""
+    git = environment.get("git")
+    if not isinstance(git, dict) or not git.get("commit"):
+        return "of no known commit"
+    return f"commit {str(git['commit'])[:10]}{', with changes that are not committed' if git.get('dirty') else ''}"
+
+
+def origin(environment: Mapping[str, Any]) -> str:
+    """What was measured on, of which code and when, as one line."""
+    facts = [f"measured on {device_of(environment)}", code_of(environment), str(environment.get("time") or "")]
+    return " · ".join(filter(None, facts))
+
+
+def _gpu(environment: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The GPU that was measured on; empty where it was a CPU."""
+    gpus = environment.get("gpus")
+    on_cpu = str(environment.get("device") or "").startswith("cpu")
+    return gpus[0] if isinstance(gpus, list) and gpus and isinstance(gpus[0], dict) and not on_cpu else {}
 
 
 def cases_of(record: Record) -> dict[Case, dict[str, Row]]:
@@ -150,12 +163,19 @@ def read(path: Path) -> Record:
     Raises:
         TrainingError: it cannot be read, is cut off, or is no such record.
     """
-    mend = "give a file that `tilewright benchmark run` wrote"
-    content = read_json(path, mend)
+    return parsed(read_json(path, MEND), path)
+
+
+def parsed(content: Any, path: Path) -> Record:
+    """The record that the JSON file `path` with this content is.
+
+    Raises:
+        TrainingError: it is no such record.
+    """
     benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
     ours = content.get("tilewright_record") if isinstance(content, dict) else None
     if not isinstance(benchmarks, list) or not isinstance(ours, dict) or ours.get("format") != _FORMAT:
-        raise TrainingError(f"{path} holds no benchmark record of the format known here ({_FORMAT}); {mend}")
+        raise TrainingError(f"{path} holds no benchmark record of the format known here ({_FORMAT}); {MEND}")
     rows = tuple(row for entry in benchmarks if (row := _row(entry)) is not None)
     if not rows:
         raise TrainingError(f"{path} holds no row of a benchmark: nothing in it was measured; run the benchmark again")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tilewright.benchmarks.report.plots import Point
+from tilewright.trainer import page
+from tilewright.trainer.plot import Plot
 
 
 class Cell(NamedTuple):
@@ -12,6 +16,15 @@ class Cell(NamedTuple):
 
     text: str
     style: str = "number"
+
+
+def ratio_cell(ratio: Point | None, *, above_one: str = "worse", below_one: str = "better") -> Cell:
+    """A ratio with its interval, in the style for that side of 1 on which all of it lies; empty for None."""
+    if ratio is None:
+        return Cell("")
+    interval = "" if ratio.low == ratio.high else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+    verdict = above_one if ratio.low > 1 else below_one if ratio.high < 1 else ""
+    return Cell(f"{ratio.value:.2f}{interval}", f"number {verdict}".strip())
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> str:
@@ -31,6 +44,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> str:
     return f'<div class="card data"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
+def side_by_side(drawn: Iterable[Plot]) -> str:
+    """Plots side by side; nothing where there are none."""
+    listed = list(drawn)
+    return page.plots(listed) if listed else ""
+
+
 def folded(summary: str, inner: str) -> str:
     """Something long that opens when the reader asks for it."""
     return f"<details>\n<summary>{escape(summary)}</summary>\n{inner}\n</details>" if inner else ""
@@ -40,6 +59,20 @@ def section(title: str, *parts: str) -> str:
     """Parts under a heading; nothing where all of them are empty."""
     inner = "\n".join(part for part in parts if part)
     return f"<section>\n<h2>{escape(title)}</h2>\n{inner}\n</section>" if inner else ""
+
+
+def chip_name(chip: int) -> str:
+    """As compilers write it: sm_90."""
+    return f"sm_{chip}"
+
+
+# What the rows of an audit begin with.
+PLACE = ("op", "shape", "chip", "pass")
+
+
+def place(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """The place of an audit's row, as `PLACE` heads it; an error may be of no one pass."""
+    return row["op"], row["sample"], chip_name(row["chip"]), row.get("pass", "")
 
 
 def soft(text: str) -> str:

@@ -8,6 +8,7 @@ else and compiles them again, with the replacement fused as far as Inductor can.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,6 +24,8 @@ from tilewright.kernels.opspec import OpSpec
 from tilewright.kernels.registry import SPECS
 from tilewright.model import ModelConfig, Transformer, initialise, transformer
 from tilewright.trainer.recipe import Recipe
+
+_RowAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
 
 
 class Replacement(NamedTuple):
@@ -162,69 +165,60 @@ def _optimizer_replacement(optimizer: torch.optim.Optimizer) -> Replacement | Un
     return Replacement("adamw", f"a loop over the tensors (now {now})", within)
 
 
+def _on_rows(attend: _RowAttention) -> Callable[..., torch.Tensor]:
+    """`attend` in place of `tilewright.kernels.attention`, on q, k, v (rows, heads, seq, head_dim) and a mask.
+
+    Packed tokens become rows of `max_seqlen`, as the model gives it: no document crosses from one row into the next.
+    The mask (rows, 1, seq, seq) says which keys each query sees; there is none where there are no documents.
+    """
+
+    @functools.wraps(attend)
+    def attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        causal: bool = True,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        shape, mask = q.shape, None
+        if cu_seqlens is not None:
+            tokens = q.shape[0]
+            seq = max_seqlen if max_seqlen and tokens % max_seqlen == 0 else tokens
+            places = torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype)
+            document = torch.searchsorted(cu_seqlens, places, right=True).view(-1, 1, seq)
+            mask = document[..., None] == document[..., None, :]
+            mask = mask.tril() if causal else mask
+            q, k, v = (x.view(-1, seq, *x.shape[1:]) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v, mask, causal).transpose(1, 2).reshape(shape)
+
+    return attention
+
+
+@_on_rows
 def masked_sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = True,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
-    """`tilewright.kernels.attention` by PyTorch's own, the documents kept apart by a mask of (rows, 1, seq, seq)."""
-    shape = q.shape
-    q, k, v, mask = _rows_and_mask(q, k, v, causal, cu_seqlens, max_seqlen)
-    out = F.scaled_dot_product_attention(
+    """`tilewright.kernels.attention` by PyTorch's own, the documents kept apart by a mask."""
+    return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2).reshape(shape)
 
 
+@_on_rows
 def textbook_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = True,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
     """The same as softmax(q · kᵀ) · v with the whole matrix of scores, the softmax in float32."""
-    shape = q.shape
-    q, k, v, mask = _rows_and_mask(q, k, v, causal, cu_seqlens, max_seqlen)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     if mask is None and causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    out = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
-    return out.transpose(1, 2).reshape(shape)
-
-
-def _rows_and_mask(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """q, k, v as (rows, heads, seq, head_dim), and which keys each query sees; no mask where there are no documents.
-
-    Packed tokens become rows of `max_seqlen`, as the model gives it: no document crosses from one row into the next.
-    """
-    mask = None
-    if cu_seqlens is not None:
-        tokens = q.shape[0]
-        seq = max_seqlen if max_seqlen and tokens % max_seqlen == 0 else tokens
-        places = torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype)
-        document = torch.searchsorted(cu_seqlens, places, right=True).view(-1, 1, seq)
-        mask = document[..., None] == document[..., None, :]
-        mask = mask.tril() if causal else mask
-        q, k, v = (x.view(-1, seq, *x.shape[1:]) for x in (q, k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return q, k, v, mask
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def _memory_lacking_for_scores(recipe: Recipe, device: torch.device) -> str:

@@ -85,6 +85,23 @@ def test_a_compiled_block_takes_the_replacement_and_gives_it_back() -> None:
     torch.testing.assert_close(compiled(x), before)
 
 
+def test_a_compiled_block_tells_the_two_kinds_of_plain_attention_apart() -> None:
+    graphs: list[str] = []
+
+    def noted(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return transformer.attention(q, k, v)
+
+    compiled = torch.compile(block, backend=noted, fullgraph=True)
+    for by in (plain.masked_sdpa, plain.textbook_attention, plain.masked_sdpa):
+        with patch.object(transformer, "attention", by):
+            compiled(*torch.randn(3, 2, 12, 4, 8))
+    assert ["scaled_dot_product" in graph for graph in graphs] == [True, False]
+
+
 def test_the_whole_logits_and_the_matrix_of_scores_are_seen_in_peak_memory(processes: World) -> None:
     workload = Workload.of(recipe(vocab_size=8192, sequence_length=512, sequences=4, micro_batch=4), processes)
     result = attribution.attribute(workload, 6, silent)

@@ -155,9 +155,12 @@ def test_bars_stand_in_a_table_with_the_worst_row_and_in_the_plots(write, audit)
 
 
 def test_what_could_not_be_examined_stands_on_the_page(write, audit):
-    audit["errors"] = [{"op": "swiglu", "sample": "8B 2k", "chip": 80, "pass": "forward", "message": "too much shared"}]
-    assert "Some launches could not be examined." in write(audit).text
-    assert "swiglu 8B 2k 80 forward too much shared" in write(audit).text
+    where = {"op": "swiglu", "sample": "8B 2k", "chip": 80}
+    audit["errors"] = [{**where, "pass": "forward", "message": "too much shared"}, {**where, "message": "no grid"}]
+    text = write(audit).text
+    assert "Some launches could not be examined." in text
+    assert "swiglu 8B 2k sm_80 forward too much shared" in text
+    assert "swiglu 8B 2k sm_80 no grid" in text
 
 
 def test_names_are_text_and_nothing_else(write, audit):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from tilewright.benchmarks.audit.chips import CHIPS, occupancy
 from tilewright.benchmarks.audit.sass import CLASSES, Instruction, class_of, natural_loops, parse
 
 
@@ -141,30 +140,3 @@ def test_an_edge_backward_past_the_header_closes_no_loop() -> None:
 def test_a_disassembly_without_instructions_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no instruction"):
         parse("// nothing here\n")
-
-
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
-def test_occupancy_by_registers_is_that_of_nvidias_example(chip) -> None:
-    # CUDA C++ Best Practices Guide, "Calculating Occupancy": 37 registers, for 65,536 registers and 2,048 threads.
-    assert occupancy(chip, warps=4, registers=37, shared_memory=0) == (12, 0.75, "registers")
-    assert occupancy(chip, warps=10, registers=37, shared_memory=0) == (4, 0.625, "registers")
-    assert occupancy(chip, warps=8, registers=32, shared_memory=0).share == 1.0
-
-
-def test_occupancy_by_shared_memory_counts_what_the_driver_keeps_of_each_block() -> None:
-    # 164 KiB hold two blocks of 81 KiB and the 1 KiB that each is charged, and not two of one byte more.
-    assert occupancy(CHIPS[80], warps=4, registers=32, shared_memory=81 * 1024) == (2, 0.125, "shared memory")
-    assert occupancy(CHIPS[80], warps=4, registers=32, shared_memory=81 * 1024 + 1).blocks == 1
-    assert occupancy(CHIPS[80], warps=4, registers=32, shared_memory=163 * 1024).blocks == 1
-    assert occupancy(CHIPS[90], warps=4, registers=32, shared_memory=227 * 1024).blocks == 1
-
-
-def test_a_block_that_asks_for_too_much_does_not_fit() -> None:
-    assert occupancy(CHIPS[80], warps=4, registers=32, shared_memory=163 * 1024 + 1) == (0, 0.0, "shared memory")
-    assert occupancy(CHIPS[90], warps=32, registers=80, shared_memory=0) == (0, 0.0, "registers")
-
-
-def test_occupancy_by_threads_and_by_blocks() -> None:
-    assert occupancy(CHIPS[90], warps=32, registers=32, shared_memory=0) == (2, 1.0, "registers")
-    assert occupancy(CHIPS[90], warps=24, registers=16, shared_memory=0) == (2, 0.75, "threads")
-    assert occupancy(CHIPS[90], warps=1, registers=16, shared_memory=0) == (32, 0.5, "blocks")

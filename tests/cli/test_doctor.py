@@ -1,13 +1,14 @@
 """`tilewright doctor`: what it tells of a machine, and what it advises for machines that lack something."""
 
 import argparse
+import json
 import re
 
 import pytest
 import torch
 
 from tilewright.cli import doctor
-from tilewright.kernels import use
+from tilewright.kernels import launch, use
 from tilewright.kernels.registry import SPECS
 from tilewright.trainer.environment import Probe, environment
 
@@ -57,6 +58,16 @@ def tell(capsys, machine, peaks):
     return run
 
 
+@pytest.fixture
+def ship(monkeypatch, tmp_path):
+    """Puts a file of measured launch tables for sm_80 where the package looks for it; where none is put, none is."""
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    for spec in SPECS:
+        for table in spec.tables.values():
+            monkeypatch.setattr(table, "_rows", {})
+    return (tmp_path / "sm_80.json").write_text
+
+
 def advice(text):
     return text[text.index("Advice\n") + len("Advice\n") :].splitlines()
 
@@ -97,6 +108,32 @@ def test_an_implementation_that_cannot_run_is_told_not_raised(tell, monkeypatch)
     assert re.search(r"\W rms_norm \W reference \W none \W", text)
     assert "cpu float32: reference: for a test" in text
     assert "cpu bfloat16: none: the Triton kernels are demanded, but triton is not installed" in text
+
+
+def test_without_a_gpu_the_launch_tables_of_two_generations_are_told_of_in_one_line(tell, ship):
+    assert f" launch tables, sm_80 and sm_90: every op: {launch.AUDIT}\n" in tell("--quick")
+
+
+def test_measured_launch_tables_are_told_from_those_chosen_from_the_audit(tell, ship, machine):
+    (table,) = next(spec.tables.values() for spec in SPECS if spec.name == "rotary")
+    rows = [
+        {"up_to": row.up_to, "num_warps": row.num_warps, "num_stages": row.num_stages, "blocks": row.blocks,
+         "measured_at": {"1": 1.0}} for row in table.audited_rows(80)
+    ]  # fmt: skip
+    rows[-1]["measured_at"] = {}
+    tables = {table.name: {"source": "measured on a GPU", "rows": rows}}
+    ship(json.dumps({"format": launch.FORMAT, "chip": 80, "tables": tables}))
+    text = tell("--quick")
+    assert f" | rotary: measured on a GPU; {launch.AUDIT}\n" in text
+    assert f" launch tables, sm_90: every op: {launch.AUDIT}\n" in text
+    machine[0]["gpus"] = [GPU, GPU]
+    text = tell("--quick")
+    assert re.findall("launch tables, .*?:", text) == ["launch tables, sm_80:"]
+
+
+def test_a_damaged_file_of_launch_tables_is_told_not_raised(tell, ship):
+    ship("{")
+    assert re.search(r" launch tables, sm_80: the launch tables in .*sm_80\.json cannot be used: ", tell("--quick"))
 
 
 def test_the_matmul_peak_is_measured_for_each_dtype_unless_quick(tell, peaks):
