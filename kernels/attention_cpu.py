@@ -118,7 +118,7 @@ class _Blocks:
         scores = self.product(q, k, 0)
         if self.causal:
             rows = q.shape[1]
-            scores[..., -rows:] += self.future[:rows, :rows]
+            scores[..., -rows:].add_(self.future[:rows, :rows])
         return scores
 
     def softmax(self, scores: torch.Tensor) -> torch.Tensor:
@@ -174,10 +174,11 @@ def _long_backward(
     blocks = _Blocks(q, causal)
     for queries, keys in blocks:
         p = blocks.softmax(blocks.scores(q_shifted[:, queries], k_ones[:, keys]))
-        dv[:, keys] += p.mT @ dout[:, queries]
+        # Not `+=`, which would copy the sums onto themselves.
+        dv[:, keys].add_(p.mT @ dout[:, queries])
         dscores = blocks.product(dout_shifted[:, queries], v_ones[:, keys], 0).mul_(p)
         dq[:, queries] = dscores @ k[:, keys]
-        dk[:, keys] += dscores.mT @ q[:, queries]
+        dk[:, keys].add_(dscores.mT @ q[:, queries])
     return dq.mul_(scale), dk.to(k.dtype), dv.to(v.dtype)
 
 

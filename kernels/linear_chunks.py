@@ -9,9 +9,10 @@ may overwrite them; from that follow
     dhidden = dlogits · weight          dweight = Σ_chunks dlogitsᵀ · hidden          dbias = Σ_rows dlogits
 
 The matrix products run in the inputs' dtype; dweight and dbias are summed over the chunks in float32, in which a sum
-over many rows is neither too large nor too small for its dtype. A loss that is one number computes its gradients along
-with it, up to the upstream scalar, by which `scaled` multiplies them in the backward pass; so each logit is computed
-once. Only the gradients that someone asks for are computed: the others are empty tensors.
+over many rows is neither too large nor too small for its dtype. In bfloat16, which has float32's range, dweight is
+rounded once it is complete: what waits for the backward pass is half as large. A loss that is one number computes its
+gradients along with it, up to the upstream scalar, by which `scaled` multiplies them in the backward pass; so each
+logit is computed once. Only the gradients that someone asks for are computed: the others are empty tensors.
 """
 
 from __future__ import annotations
@@ -98,11 +99,12 @@ def in_chunks(
             dlogits, or None where no gradient is wanted.
 
     Returns:
-        dhidden in the dtype of hidden; dweight and dbias in float32 (float64 for float64).
+        dhidden in the dtype of hidden; dweight in `_complete_dtype`; dbias in float32 (float64 for float64).
     """
     wide = accumulation_dtype(hidden.dtype)
     dhidden = hidden.new_empty(hidden.shape if wants.hidden else (0,))
-    dweight = weight.new_zeros(weight.shape if wants.weight else (0,), dtype=wide)
+    spans = _class_spans(weight) if wants.weight else []
+    sums = [weight.new_zeros(weight[classes].shape, dtype=wide) for classes in spans]
     dbias = weight.new_zeros(weight.shape[:1] if wants.bias else (0,), dtype=wide)
 
     # A function, so that what belongs to one chunk is freed before the next.
@@ -113,8 +115,8 @@ def in_chunks(
             return
         if wants.hidden:
             dhidden[span] = dlogits @ weight
-        if wants.weight:
-            _add_product(dweight, dlogits, part)
+        for classes, dweight in zip(spans, sums, strict=True):
+            _add_product(dweight, dlogits[:, classes], part)
         if wants.bias:
             dbias.add_(dlogits.sum(0, dtype=wide))
 
@@ -122,7 +124,33 @@ def in_chunks(
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for start in range(0, hidden.shape[0], step):
             chunk(slice(start, min(start + step, hidden.shape[0])))
-    return dhidden, dweight, dbias
+    return dhidden, _complete(sums, _complete_dtype(hidden.dtype), weight), dbias
+
+
+# Classes whose products, rounded to 16 bits, exist at a time before they are added.
+_PART_CLASSES = 4096
+
+
+def _class_spans(weight: torch.Tensor) -> list[slice]:
+    """The classes whose sums are a tensor of their own: all, where a product can be added as it is."""
+    whole = weight.is_cuda or weight.dtype == accumulation_dtype(weight.dtype)
+    step = max(weight.shape[0], 1) if whole else _PART_CLASSES
+    return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
+
+
+def _complete_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a complete dweight: float16 has not the range for a gradient before it is multiplied by the upstream one."""
+    return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
+
+
+def _complete(sums: list[torch.Tensor], dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    """All classes' sums in `dtype`; `sums` is emptied on the way, so that each is freed once it is rounded."""
+    parts = []
+    while sums:
+        parts.append(sums.pop(0).to(dtype))
+    if not parts:
+        return weight.new_empty(0, dtype=dtype)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _add_product(dweight: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -132,21 +160,15 @@ def _add_product(dweight: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Ten
     elif dlogits.device.type == "cuda":
         torch.addmm(dweight, dlogits.t(), hidden, out_dtype=dweight.dtype, out=dweight)
     else:
-        _add_product_in_parts(dweight, dlogits, hidden)
-
-
-# Classes whose products, rounded to 16 bits, exist at a time before they are added.
-_PART_CLASSES = 4096
+        _add_rounded_product(dweight, dlogits, hidden)
 
 
 def _launch_add_product(dweight: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor) -> None:
-    for start in range(0, dweight.shape[0], _PART_CLASSES):
-        part = slice(start, start + _PART_CLASSES)
-        dweight[part] += dlogits[:, part].t() @ hidden
+    dweight.add_(dlogits.t() @ hidden)
 
 
 # An op, for a compiler that saw the sums would put them off and keep the products of all chunks for it.
-_add_product_in_parts = register(
+_add_rounded_product = register(
     "linear_head_add_product(Tensor(a!) dweight, Tensor dlogits, Tensor hidden) -> ()",
     _launch_add_product,
     lambda dweight, dlogits, hidden: None,
@@ -174,14 +196,14 @@ class HeadLoss:
         def fake_total(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
             wide = accumulation_dtype(hidden.dtype)
             totals = (hidden.new_empty((), dtype=wide) for _ in range(results))
-            return *totals, *_fake_gradients(hidden, weight, Wanted(*rest[-3:]), wide)
+            return *totals, *_fake_gradients(hidden, weight, Wanted(*rest[-3:]), _complete_dtype(hidden.dtype), wide)
 
         def fake_rows(hidden: torch.Tensor, *_: Any) -> Any:
             wide = accumulation_dtype(hidden.dtype)
             return _unpacked(tuple(hidden.new_empty(hidden.shape[:1], dtype=wide) for _ in range(results)))
 
         def fake_rows_backward(upstream: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
-            return _fake_gradients(hidden, weight, Wanted(*rest[-3:]), hidden.dtype)
+            return _fake_gradients(hidden, weight, Wanted(*rest[-3:]), hidden.dtype, hidden.dtype)
 
         self._total = register(f"{name}({arguments}, {wants}) -> ({numbers}, {gradients})", self._sums, fake_total)
         self._rows = register(f"{name}_rows({arguments}) -> ({numbers})", self._losses, fake_rows)
@@ -339,11 +361,13 @@ def _wanted(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     )
 
 
-def _fake_gradients(hidden: torch.Tensor, weight: torch.Tensor, wants: Wanted, dtype: torch.dtype) -> Gradients:
+def _fake_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, wants: Wanted, weight_dtype: torch.dtype, bias_dtype: torch.dtype
+) -> Gradients:
     return (
         hidden.new_empty(hidden.shape if wants.hidden else (0,)),
-        weight.new_empty(weight.shape if wants.weight else (0,), dtype=dtype),
-        weight.new_empty(weight.shape[:1] if wants.bias else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if wants.weight else (0,), dtype=weight_dtype),
+        weight.new_empty(weight.shape[:1] if wants.bias else (0,), dtype=bias_dtype),
     )
 
 
