@@ -128,7 +128,7 @@ def in_chunks(
 
 
 # Classes whose products, rounded to 16 bits, exist at a time before they are added.
-_PART_CLASSES = 4096
+_PART_CLASSES = 2048
 
 
 def _class_spans(weight: torch.Tensor) -> list[slice]:

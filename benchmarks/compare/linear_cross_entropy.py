@@ -50,7 +50,7 @@ def main() -> None:
     """Measure and print; exit status 1 where a bar does not hold."""
     parser = argparse.ArgumentParser(prog="make compare-loss")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], help="float32 takes half an hour more")
     arguments = parser.parse_args()
     console = Console(highlight=False)
     holds = [
@@ -72,10 +72,13 @@ def compare(classes: int, dtype: torch.dtype, rounds: int, console: Console) -> 
         return lambda: torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
 
     steps = {name: step(loss) for name, loss in PROVIDERS.items()}
-    _check({name: loss(hidden, weight, targets).item() for name, loss in PROVIDERS.items()})
+    exact = _exact(hidden, weight, targets)
+    errors = {name: abs(loss(hidden, weight, targets).item() / exact - 1) for name, loss in PROVIDERS.items()}
+    _check(errors)
     memory = {name: peak_bytes(call, hidden.device) for name, call in steps.items()}
     seconds = interleaved(steps, rounds)
-    table = Table("provider", "seconds (95%)", "÷ ours (95%)", "peak memory", "÷ eager", title=f"{dtype}, {classes:,}")
+    table = Table("provider", "seconds (95%)", "÷ ours (95%)", "peak memory", "÷ eager", "loss off by")
+    table.title = f"{dtype}, {classes:,}"
     for name in steps:
         time, ratio = median_interval(seconds[name]), paired_ratio(seconds[name], seconds[OURS])
         table.add_row(
@@ -84,6 +87,7 @@ def compare(classes: int, dtype: torch.dtype, rounds: int, console: Console) -> 
             f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
             f"{memory[name] / 1e6:,.0f} MB",
             f"{memory[name] / memory[EAGER]:.2f}",
+            f"{errors[name]:.1e}",
         )
     console.print(table)
     fastest = min((name for name in steps if name != OURS), key=lambda name: statistics.median(seconds[name]))
@@ -94,11 +98,19 @@ def compare(classes: int, dtype: torch.dtype, rounds: int, console: Console) -> 
     return small and fast.median <= 1
 
 
-def _check(losses: dict[str, float]) -> None:
-    """Refuse to time what computes something else."""
-    for name, loss in losses.items():
-        if abs(loss - losses[OURS]) > 0.01 * abs(losses[OURS]):
-            raise SystemExit(f"compare-loss: {name} computes {loss}, not {losses[OURS]}")
+def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> float:
+    """The loss from float32 products, a few rows at a time."""
+    with torch.no_grad():
+        wide = weight.float()
+        parts = zip(hidden.float().split(256), targets.split(256), strict=True)
+        return sum(F.cross_entropy(F.linear(h, wide), t, reduction="sum").item() for h, t in parts) / TOKENS
+
+
+def _check(errors: dict[str, float]) -> None:
+    """Refuse to time what computes something else; F.linear_cross_entropy, which sums in bfloat16, is off by 9%."""
+    for name, error in errors.items():
+        if not error < (0.001 if name == OURS else 0.2):
+            raise SystemExit(f"compare-loss: the loss of {name} is off by {error:.1%}")
 
 
 if __name__ == "__main__":
