@@ -125,6 +125,7 @@ def best_peer(runs: dict[str, Runs]) -> str | None:
 def table(runs: dict[str, Runs]) -> Table:
     """One row for each provider."""
     shown = Table("provider", "tokens/s (95%)", "÷ best peer (95%)", "peak RSS", "first step", "loss 1", "last loss")
+    shown.columns[0].no_wrap = True
     best = best_peer(runs)
     for name, run in runs.items():
         rate = median_interval(run.tokens_per_second)

@@ -78,7 +78,8 @@ def compare(classes: int, dtype: torch.dtype, rounds: int, console: Console) -> 
     memory = {name: peak_bytes(call, hidden.device) for name, call in steps.items()}
     seconds = interleaved(steps, rounds)
     table = Table("provider", "seconds (95%)", "÷ ours (95%)", "peak memory", "÷ eager", "loss off by")
-    table.title = f"{dtype}, {classes:,}"
+    table.title = f"{dtype}, {classes:,} classes"
+    table.columns[0].no_wrap = True
     for name in steps:
         time, ratio = median_interval(seconds[name]), paired_ratio(seconds[name], seconds[OURS])
         table.add_row(
