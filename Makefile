@@ -9,7 +9,7 @@ CORPUS := data/stdlib
 # Anything of the recipe, as in: make train TRAIN_OVERRIDES="--seed 1 --optimizer.learning_rate 2e-3"
 TRAIN_OVERRIDES ?=
 
-.PHONY: setup train test lint audit benchmark benchmark-gpu compare compare-loss docs clean
+.PHONY: setup train test soak lint audit benchmark benchmark-gpu compare compare-loss docs clean
 
 setup: $(VENV)/installed
 
@@ -26,6 +26,11 @@ train: setup
 
 test: setup
 	$(BIN)/pytest --numprocesses 2
+
+# Runs killed some hundred times: at most half an hour. TILEWRIGHT_SOAK_MINUTES shortens it; TILEWRIGHT_CRASH_SEED, which
+# a failure prints, repeats it.
+soak: setup
+	$(BIN)/pytest -m soak --capture=no tests/trainer tests/corpus
 
 # mypy reads the folders under their import name through links, since they stand at the root under another.
 lint: setup

@@ -14,6 +14,7 @@ examples:
   tilewright corpus build --output data/stdlib
   tilewright corpus build --source notes/ --suffix .txt --suffix .md --output data/notes
   tilewright corpus build --source pages.jsonl --vocab-size 32000 --output data/pages
+  tilewright corpus build --source new/ --tokenizer data/pages/tokenizer/tokenizer.json --output data/new
 
 A second run builds again only what changed. Ctrl-C leaves what was there before."""
 
@@ -58,6 +59,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--vocab-size", type=int, default=8192, metavar="N", help="tokens in the vocabulary (default: %(default)s)"
     )
     build.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="take this tokenizer.json instead of training one, that of a corpus to mix this one with, say",
+    )
+    build.add_argument(
         "--heldout-fraction",
         type=float,
         default=0.03,
@@ -86,6 +93,7 @@ def _build(arguments: argparse.Namespace) -> int:
         arguments.output,
         suffixes=arguments.suffix,
         vocab_size=arguments.vocab_size,
+        tokenizer=arguments.tokenizer,
         held_out_fraction=arguments.heldout_fraction,
         seed=arguments.seed,
     )

@@ -20,18 +20,21 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("run_directory", metavar="RUN", type=Path, help="a run directory, such as runs/quickstart-001")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line to read")
+    parser.add_argument("--averaged", action="store_true", help="with the average of the weights, where one was kept")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from tilewright.trainer.trained import evaluate_run
 
-    step, result = evaluate_run(arguments.run_directory)
+    step, results = evaluate_run(arguments.run_directory, averaged=arguments.averaged)
     if arguments.json:
-        print(json.dumps({"step": step, "eval": {"heldout": result}}))
-    else:
+        print(json.dumps({"step": step, "eval": results}))
+        return 0
+    for name, result in results.items():
+        of = "" if name == "heldout" else f" of {name}"
         print(
             f"step {step}: {result['bits_per_byte']:.4f} bits per byte, loss {result['loss']:.4f} nats a token, "
-            f"perplexity {result['perplexity']:.2f}, over {int(result['tokens']):,} held-out tokens"
+            f"perplexity {result['perplexity']:.2f}, over {int(result['tokens']):,} held-out tokens{of}"
         )
     return 0

@@ -31,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--top-k", type=int, default=50, help="draw among the likeliest so many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--averaged", action="store_true", help="with the average of the weights, where one was kept")
     parser.set_defaults(run=_run)
 
 
@@ -44,6 +45,7 @@ def _run(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
+        averaged=arguments.averaged,
     )
     print(arguments.prompt + text)
     return 0

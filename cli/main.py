@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tilewright.cli import audit, benchmark, corpus, doctor, evaluate, generate, train
+from tilewright.cli import audit, benchmark, corpus, doctor, evaluate, generate, replay, train, watch
 from tilewright.corpus import CorpusError
 from tilewright.trainer.errors import TrainingError, disk_error_text
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, corpus, train, evaluate, generate, audit, benchmark):
+    for command in (doctor, corpus, train, evaluate, generate, watch, replay, audit, benchmark):
         command.add_parser(subparsers)
     return parser
 

@@ -10,6 +10,7 @@ examples:
   tilewright train quickstart
   tilewright train quickstart --seed 1 --optimizer.learning_rate 2e-3
   torchrun --nproc-per-node 8 -m tilewright.cli train my-recipe.yaml
+  tilewright train --dry-run --as-if 256xH100 my-recipe.yaml
 
 Ctrl-C writes a checkpoint and stops; the same command goes on from it. Each run has a directory of its own in runs/
 with its resolved recipe, metrics.jsonl, TensorBoard events, checkpoints and report.html.
@@ -22,7 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "train",
         help="train a model by a recipe",
         description="Train a model by a recipe, from the beginning or on from the run's last checkpoint.",
-        usage="tilewright train [-h] RECIPE [--KEY VALUE ...]",
+        parents=[_plan_options()],
+        usage="tilewright train [-h] [--dry-run --as-if NxGPU] RECIPE [--KEY VALUE ...]",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -37,6 +39,17 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=_run, help_text=parser.format_help())
 
 
+def _plan_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    options.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="with --as-if: predict memory and collectives of the run on those GPUs, and run nothing",
+    )
+    options.add_argument("--as-if", metavar="NxGPU", help="how many GPUs of which kind, such as 256xH100")
+    return options
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -46,5 +59,23 @@ def _run(arguments: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(arguments.overrides):
         print(arguments.help_text)
         return 0
+    # Before the recipe or among its keys.
+    _, arguments.overrides = _plan_options().parse_known_args(arguments.overrides, arguments)
+    given = [option for option in ("dry_run", "as_if") if hasattr(arguments, option)]
+    if given:
+        return _dry_run(arguments, given)
     train(load_recipe(arguments.recipe, arguments.overrides), Console())
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, given: list[str]) -> int:
+    from tilewright.trainer.dry_run import check_fits, plan, plan_text
+    from tilewright.trainer.errors import TrainingError
+    from tilewright.trainer.recipe import load_recipe
+
+    if len(given) == 1:
+        raise TrainingError("--dry-run and --as-if go together, as in --dry-run --as-if 256xH100; give both or neither")
+    predicted = plan(load_recipe(arguments.recipe, arguments.overrides), arguments.as_if)
+    print(plan_text(predicted), flush=True)
+    check_fits(predicted)
     return 0

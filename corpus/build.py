@@ -43,17 +43,19 @@ def build_corpus(
     *,
     suffixes: Collection[str] = (),
     vocab_size: int = 8192,
+    tokenizer: str | os.PathLike[str] | None = None,
     held_out_fraction: float = 0.03,
     seed: int = 0,
     console: Console | None = None,
 ) -> None:
-    """Make `output` hold the corpus of `source`: its documents, a tokenizer trained on them, and their token shards.
+    """Make `output` hold the corpus of `source`: its documents, a tokenizer, and their token shards.
 
     Args:
         source: "stdlib", a folder of text files, or a `.jsonl` file.
         output: the folder to build in; what of it is current already is not touched.
         suffixes: the endings of the files that count, for a folder; none given means .txt and .md.
-        vocab_size: at least 257, the 256 bytes and end-of-text.
+        vocab_size: of the tokenizer trained on the documents; at least 257, the 256 bytes and end-of-text.
+        tokenizer: a `tokenizer.json` to take instead, that of another corpus to mix this one with, say.
         held_out_fraction: of the bytes, between 0 and 1, to keep out of train as whole documents.
         seed: orders the train documents.
         console: where the log goes; standard output by default.
@@ -69,13 +71,14 @@ def build_corpus(
         raise CorpusError(f"The held-out fraction is {held_out_fraction}; give one between 0 and 1, such as 0.03.")
     folder = Path(output)
     opened = open_source(source, suffixes=suffixes)
+    given = None if tokenizer is None else Tokenizer.load(tokenizer)
     listing = list_documents(opened)
     log = console or Console()
     try:
         with only_builder(folder):
             documents = _documents(opened, listing, folder, held_out_fraction=held_out_fraction, seed=seed, log=log)
-            tokenizer = _tokenizer(documents, folder, vocab_size=vocab_size, log=log)
-            _shards(documents, tokenizer, folder, log=log)
+            known = _tokenizer(documents, folder, vocab_size=vocab_size, given=given, log=log)
+            _shards(documents, known, folder, log=log)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CorpusError(
@@ -121,19 +124,27 @@ def _documents(
     return facts
 
 
-def _tokenizer(documents: dict[str, Any], output: Path, *, vocab_size: int, log: Console) -> Tokenizer:
+def _tokenizer(
+    documents: dict[str, Any], output: Path, *, vocab_size: int, given: Tokenizer | None, log: Console
+) -> Tokenizer:
+    vocab_size = given.vocab_size if given else vocab_size
     key = key_of(
         version=FORMAT_VERSION,
         train=documents["train"]["sha256"],
         heldout=documents["heldout"]["sha256"],
         vocab_size=vocab_size,
         library=tokenizers.__version__,
+        **({"given": given.fingerprint} if given else {}),
     )
 
     def train(folder: Path) -> dict[str, Any]:
         texts = document_texts(output / "documents" / TRAIN)
         total = documents["train"]["document_count"]
-        serialised = train_tokenizer(_tracked(texts, "training the tokenizer", total, log), vocab_size=vocab_size)
+        serialised = (
+            given.serialised
+            if given
+            else train_tokenizer(_tracked(texts, "training the tokenizer", total, log), vocab_size=vocab_size)
+        )
         (folder / "tokenizer.json").write_bytes(serialised)
         tokenizer = Tokenizer(serialised)
         held_out_tokens = sum(map(len, tokenizer.encode_documents(document_texts(output / "documents" / HELD_OUT))))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tilewright.corpus.errors import CorpusError
 from tilewright.corpus.permutation import Permutation
-from tilewright.corpus.shards import Split
+from tilewright.corpus.split import Split
 
 IGNORE = -100
 
@@ -72,14 +72,25 @@ class TrainStream:
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """The samples of those global indices, one a row; index // samples_per_epoch is a sample's epoch."""
-        firsts = [self._window(int(sample)) * self._sequence_length for sample in samples]
-        return _batch(self._split, firsts, self._sequence_length)
+        return batch_of([self.place(sample) for sample in samples], self._sequence_length)
 
-    def _window(self, sample: int) -> int:
-        epoch, index = divmod(sample, self.samples_per_epoch)
+    def place(self, sample: int) -> tuple[Split, int]:
+        """Where a sample is read: the split, and its first token there."""
+        epoch, index = divmod(int(sample), self.samples_per_epoch)
         if epoch < 0:
             raise IndexError(f"sample index is {sample}; the first is 0")
-        return Permutation(self.samples_per_epoch, seed=self._seed, epoch=epoch)(index)
+        window = Permutation(self.samples_per_epoch, seed=self._seed, epoch=epoch)(index)
+        return self._split, window * self._sequence_length
+
+    def documents(self, sample: int) -> list[str]:
+        """The documents that a sample reads from, as ``FOLDER/SHARD.ds:NUMBER``, numbers counting from 0."""
+        split, first = self.place(sample)
+        read = split.documents(first, self._sequence_length + 1)
+        return [f"{split.folder / shard}:{number}" for shard, number in read]
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the first `samples` samples go through the split; its name stands for it."""
+        return {self._split.folder.name: samples / self.samples_per_epoch}
 
 
 class HeldOutStream:
@@ -110,18 +121,19 @@ class HeldOutStream:
         for window in windows:
             if not 0 <= window < len(self):
                 raise IndexError(f"window is {window}; there are {len(self)}")
-        firsts = [int(window) * self._sequence_length - 1 for window in windows]
-        return _batch(self._split, firsts, self._sequence_length)
+        places = [(self._split, int(window) * self._sequence_length - 1) for window in windows]
+        return batch_of(places, self._sequence_length)
 
 
-def _batch(split: Split, firsts: Sequence[int], length: int) -> Batch:
-    inputs = np.empty((len(firsts), length), dtype=np.int64)
-    targets = np.empty((len(firsts), length), dtype=np.int64)
+def batch_of(places: Sequence[tuple[Split, int]], length: int) -> Batch:
+    """The windows of `length` tokens whose first inputs stand at those places, one a row."""
+    inputs = np.empty((len(places), length), dtype=np.int64)
+    targets = np.empty((len(places), length), dtype=np.int64)
     starts: list[npt.NDArray[np.int64]] = []
-    for row, first in enumerate(firsts):
+    for row, (split, first) in enumerate(places):
         inputs[row], targets[row], row_starts = _window(split, first, length)
         starts.append(row_starts + row * length)
-    ends = np.concatenate([*starts, [len(firsts) * length]])
+    ends = np.concatenate([*starts, [len(places) * length]])
     return Batch(inputs, targets, ends.astype(np.int32))
 
 

@@ -32,16 +32,18 @@ class Tokenizer:
     Attributes:
         vocab_size: the ids are 0 .. vocab_size - 1.
         end_of_text: the id that closes every document; 0 in a tokenizer trained here.
-        fingerprint: SHA-256 (hex) of the bytes of its `tokenizer.json`; shards record the one they were made with.
+        serialised: the bytes of its `tokenizer.json`.
+        fingerprint: SHA-256 (hex) of those bytes; shards record the one they were made with.
         byte_lengths: int32, (vocab_size,): the UTF-8 bytes that each token stands for; 0 for special tokens.
     """
 
     vocab_size: int
     end_of_text: int
+    serialised: bytes
     fingerprint: str
     byte_lengths: npt.NDArray[np.int32]
 
-    def __init__(self, serialised: bytes) -> None:
+    def __init__(self, serialised: bytes, *, end_of_text: str = END_OF_TEXT) -> None:
         """From the bytes of a `tokenizer.json`; `ValueError` where they are no byte-level tokenizer that ends texts."""
         try:
             inner = tokenizers.Tokenizer.from_str(serialised.decode("utf-8"))
@@ -49,25 +51,26 @@ class Tokenizer:
             raise ValueError(f"it is not a tokenizer.json ({error})") from error
         # Text that happens to spell out <|endoftext|> is text; only we end documents. tokenizer.json cannot say so.
         inner.encode_special_tokens = True
-        end_of_text = inner.token_to_id(END_OF_TEXT)
-        if end_of_text is None:
-            raise ValueError(f"it has no {END_OF_TEXT} token")
+        end_id = inner.token_to_id(end_of_text)
+        if end_id is None:
+            raise ValueError(f"it has no {end_of_text} token")
         self._inner = inner
-        self.end_of_text = end_of_text
+        self.end_of_text = end_id
+        self.serialised = serialised
         self.fingerprint = hashlib.sha256(serialised).hexdigest()
         self.byte_lengths = _byte_lengths(inner)
         self.vocab_size = len(self.byte_lengths)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer of a `tokenizer.json` file.
+    def load(cls, path: str | os.PathLike[str], *, end_of_text: str = END_OF_TEXT) -> "Tokenizer":
+        """The tokenizer of a `tokenizer.json` file, whose token `end_of_text` closes documents.
 
         Raises:
             CorpusError: where the file is missing, unreadable, or not a byte-level tokenizer with an end-of-text token.
         """
         mend = "build the corpus again with `tilewright corpus build`, or put the right file there."
         try:
-            return cls(Path(path).read_bytes())
+            return cls(Path(path).read_bytes(), end_of_text=end_of_text)
         except OSError as error:
             raise CorpusError(f"Cannot read the tokenizer {path} ({error.strerror}); {mend}") from error
         except ValueError as error:
@@ -117,12 +120,14 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
 
 
 def _byte_lengths(inner: Any) -> npt.NDArray[np.int32]:
-    special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
+    added = {token.content: token.special for token in inner.get_added_tokens_decoder().values()}
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
     for token, token_id in vocabulary.items():
-        if token in special:
+        if token in added:
+            # Stands in the vocabulary as it stands in text, such as a run of spaces.
+            lengths[token_id] = 0 if added[token] else len(token.encode("utf-8"))
             continue
         if not alphabet.issuperset(token):
             raise ValueError(f"its token {token_id}, {token!r}, is not written in bytes, so it is not byte-level")

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tilewright.cli.main import main
 from tilewright.kernels import use
 from tilewright.kernels.registry import SPECS
 
 DOCS = Path(__file__).parent.parent / "docs"
+LARGE_JOBS = (DOCS / "large-jobs.md").read_text("utf-8")
 EXAMPLES = re.findall(
     r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", (DOCS / "reuse.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
 )
@@ -43,3 +45,12 @@ def test_the_table_of_kernels_has_every_case_of_every_op() -> None:
         if any(x.numel() for x in sample.tensors.values() if x.is_floating_point())
     }
     assert shown == expected, "run: make docs"
+
+
+def test_the_plans_of_large_jobs_are_what_the_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.findall(r"^```\n\$ tilewright (train --dry-run .*?)\n(.*?)\n```$", LARGE_JOBS, re.DOTALL | re.MULTILINE)
+    assert len(shown) == 2
+    for command, expected in shown:
+        status = main(command.split())
+        printed = capsys.readouterr()
+        assert (printed.out if status == 0 else printed.err).strip() == expected

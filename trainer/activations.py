@@ -1,48 +1,88 @@
-"""What a compiled block keeps for its backward pass.
+"""Activation checkpointing (arXiv:1604.06174): what a block keeps for its backward pass, and what is computed again.
 
-Kept are the results of matrix products and of attention, which are dear to compute. What lies between them (norms,
-rotary, SwiGLU) is computed again in the backward pass, where the compiler fuses it with its use: memory that is read
-twice costs more than the arithmetic (selective activation checkpointing, arXiv:2205.05198).
+Selective checkpointing keeps the results that are dear to compute, matrix products and attention; what lies between
+them (norms, rotary, SwiGLU) is computed again. In a compiled block the compiler fuses it with its use: memory that is
+read twice costs more than the arithmetic (arXiv:2205.05198).
+
+A block's forward is wrapped inside the module, so the weights that FSDP gathered for the backward pass serve the
+recomputation too: no mode gathers more often than another.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+from tilewright.kernels.registry import SPECS
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.recipe import ActivationCheckpointing
+
+_MATMULS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
 
 
-def keep_products_only(block: nn.Module) -> None:
-    """Have `block`, once compiled, keep these results only; run eagerly it keeps what autograd keeps."""
+def checkpoint_activations(
+    blocks: Iterable[nn.Module], recipe: ActivationCheckpointing, *, compiled: bool, device_type: str
+) -> None:
+    """Have `blocks` keep what the recipe says; called before they are compiled or sharded.
+
+    Args:
+        compiled: whether the blocks will be compiled.
+        device_type: where they will run, ``cpu`` or ``cuda``.
+
+    Raises:
+        TrainingError: `keep` names what is no kernel.
+    """
+    # On a GPU no one has seen yet what the compiler then makes of the Triton ops.
+    automatic = "selective" if compiled and device_type == "cpu" else "none"
+    mode = automatic if recipe.mode == "auto" else recipe.mode
+    # The compiler's own setting, which concerns every graph that this process compiles from here on.
+    torch._functorch.config.activation_memory_budget = recipe.budget if mode == "budget" else 1.0
+    if mode == "full":
+        for block in blocks:
+            _wrap(block, None)
+    elif mode == "selective":
+        contexts = functools.partial(create_selective_checkpoint_contexts, _policy(recipe.keep))
+        for block in blocks:
+            _wrap(block, contexts)
+
+
+def _wrap(block: nn.Module, contexts: Callable[[], Any] | None) -> None:
     forward: Callable[..., Any] = block.forward
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no block draws random numbers
+    if contexts is not None:
+        options["context_fn"] = contexts
+        # PyTorch asks everyone to make sure that nothing is changed in place, which no block does.
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_says_something_else)
 
     def recomputing(*inputs: Any) -> Any:
-        # Eagerly each op would pass through a dispatch mode in Python.
-        if not torch.compiler.is_compiling():
-            return forward(*inputs)
-        return checkpoint(
-            forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_selective_contexts
-        )
+        return checkpoint(forward, *inputs, **options)
 
     block.forward = recomputing
-    # PyTorch asks everyone to make sure that nothing is changed in place, which no block does.
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_says_something_else)
 
 
 def _says_something_else(record: logging.LogRecord) -> bool:
     return "context_fn is passed" not in record.getMessage()
 
 
-def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+def _policy(keep: Sequence[str]) -> Callable[..., CheckpointPolicy]:
+    """The policy that keeps the results of the ops named `keep`."""
+    known = ["matmul", *(spec.name for spec in SPECS)]
+    for name in keep:
+        if name not in known:
+            raise TrainingError(
+                f"activation_checkpointing.keep names {name!r}, which is no op; it may name {', '.join(known)}"
+            )
+    names = [name for name in keep if name != "matmul"]
 
+    def policy(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        kept = ("matmul" in keep and op in _MATMULS) or any(name in str(op) for name in names)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-def _policy(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    kept = op in _PRODUCTS or "attention" in str(op)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return policy

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 
-from tilewright.corpus import Corpus, HeldOutStream, TrainStream, open_corpus
+from tilewright.corpus import Batch, MixtureStream, Prefetch, TrainStream
 from tilewright.trainer import checkpoint
+from tilewright.trainer.averaging import WeightAverage
+from tilewright.trainer.data import (
+    CORPUS,
+    HELDOUT,
+    TrainingData,
+    check_same_data,
+    is_same_data,
+    open_data,
+    samples_of,
+)
 from tilewright.trainer.display import Display, NullDisplay
+from tilewright.trainer.early_stopping import no_longer_improves
 from tilewright.trainer.environment import environment
+from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
+from tilewright.trainer.hang import alive, hang_watch
+from tilewright.trainer.health import LossWatch, save_incident
+from tilewright.trainer.held_memory import held_bytes
 from tilewright.trainer.interruption import Interruption
+from tilewright.trainer.loss_scale import LossScale
 from tilewright.trainer.metrics import METRICS, Metrics, TrainingLine, read_metrics
 from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
 from tilewright.trainer.parallel import World, check_batch, sharded_model, world
 from tilewright.trainer.peak import measured_matmul_peak, peak_memory_bytes
+from tilewright.trainer.quantities import gigabytes
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.report import write_report
 from tilewright.trainer.run_directory import choose_run_directory, locked, save_recipe, write_atomically
 from tilewright.trainer.schedule import learning_rate_factor
-from tilewright.trainer.step import MicroBatch, train_step
-from tilewright.trainer.summary import closing_text, compressed_bits_per_byte, continuation, heldout_text, write_summary
-from tilewright.trainer.trained import (
-    CORPUS,
-    check_kernels,
-    check_same_corpus,
-    check_vocabulary,
-    corpus_identity,
-    is_same_corpus,
+from tilewright.trainer.step import MicroBatch, StepResult, train_step
+from tilewright.trainer.summary import (
+    closing_text,
+    continuation,
+    heldout_facts,
+    step_seconds,
+    write_summary,
 )
+from tilewright.trainer.trained import check_kernels, check_vocabulary
 
-HELDOUT = "heldout"
+HELDOUT_AVERAGED = "heldout_averaged"
 
 
 @dataclass(frozen=True)
@@ -59,21 +78,27 @@ def train(recipe: Recipe, console: Console) -> Outcome:
     with world() as processes, ExitStack() as stack:
         check_batch(recipe.batch.sequences, recipe.batch.micro_batch, processes.size)
         check_kernels(processes.device, getattr(torch, recipe.compute_dtype))
-        corpus = open_corpus(recipe.data.corpus)
-        check_vocabulary(recipe, corpus)
-        stream = TrainStream(corpus.train, sequence_length=recipe.data.sequence_length, seed=recipe.seed)
-        run = processes.first_decides(lambda: _open_run(recipe, corpus, stack))
+        data = open_data(recipe.data)
+        check_vocabulary(recipe, data)
+        stream = data.train_stream(sequence_length=recipe.data.sequence_length, seed=recipe.seed)
+        run = processes.first_decides(lambda: _open_run(recipe, data, stack))
         interruption = stack.enter_context(Interruption())
-        return _Training(recipe, corpus, stream, run, processes, interruption, console, stack).go()
+        return _Training(recipe, data, stream, run, processes, interruption, console, stack).go()
 
 
-def _open_run(recipe: Recipe, corpus: Corpus, stack: ExitStack) -> Path:
+def _open_run(recipe: Recipe, data: TrainingData, stack: ExitStack) -> Path:
     """Choose and lock the run directory, and record in it what the run is made of."""
-    run = choose_run_directory(recipe, lambda run: is_same_corpus(run, corpus))
+    run = choose_run_directory(recipe, lambda run: is_same_data(run, data))
     stack.enter_context(locked(run))
-    check_same_corpus(run, corpus)
+    check_same_data(run, data)
+    for done in checkpoint.committed(run)[-1:]:
+        if done.step > recipe.steps:
+            raise TrainingError(
+                f"steps is {recipe.steps}, and {run} has come to step {done.step} already; raise steps, or name "
+                "another --run_directory"
+            )
     save_recipe(run, recipe)
-    write_atomically(run / CORPUS, json.dumps(corpus_identity(corpus), indent=1))
+    write_atomically(run / CORPUS, json.dumps(data.identity(), indent=1))
     return run
 
 
@@ -83,26 +108,39 @@ class _Training:
     def __init__(
         self,
         recipe: Recipe,
-        corpus: Corpus,
-        stream: TrainStream,
+        data: TrainingData,
+        stream: TrainStream | MixtureStream,
         run: Path,
         processes: World,
         interruption: Interruption,
         console: Console,
         stack: ExitStack,
     ) -> None:
-        self.recipe, self.corpus, self.stream, self.run = recipe, corpus, stream, run
+        self.recipe, self.data, self.stream, self.run = recipe, data, stream, run
         self.processes, self.interruption, self.stack = processes, interruption, stack
-        self.heldout = HeldOutStream(corpus.heldout, sequence_length=recipe.data.sequence_length)
+        self.heldout = data.heldout_streams(sequence_length=recipe.data.sequence_length)
         dtype = getattr(torch, recipe.compute_dtype)
         # All processes measure at the same time, as they will compute.
         (self.peak,) = processes.sum(measured_matmul_peak(processes.device, dtype))
         self.model = sharded_model(
-            recipe.model, processes, compute_dtype=dtype, compile=recipe.compile, seed=recipe.seed
+            recipe.model,
+            processes,
+            compute_dtype=dtype,
+            compile=recipe.compile,
+            seed=recipe.seed,
+            parallel=recipe.parallel,
+            activation_checkpointing=recipe.activation_checkpointing,
         )
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.loss_scale = LossScale(processes.device) if recipe.compute_dtype == "float16" else None
+        decay = recipe.optimizer.ema_decay
+        self.average = WeightAverage(self.model, decay) if decay else None
+        self.writer = stack.enter_context(checkpoint.CheckpointWriter(run, processes, recipe.checkpoints))
         self.step = self._resume()
         self.saved_step = self.step
+        self.checkpoint_seconds: dict[str, float] = {}
+        self.batches = stack.enter_context(Prefetch(self._read, first=self.step, depth=recipe.data.prefetch))
+        self.evaluated: tuple[int, float] | None = None  # the last step that was, and its held-out loss
         self.metrics: Metrics | None = None
         self.display: Display = NullDisplay()
         if processes.first:
@@ -113,39 +151,57 @@ class _Training:
             self.metrics = Metrics(run, resume_step=self.step)
             stack.callback(self.metrics.close)
             self.display = stack.enter_context(Display(console))
+        self.stops_early = self._no_longer_improves()
+        losses, self.skipped = self._recent()
+        self.losses = LossWatch(recipe.health, losses)
+        stack.enter_context(hang_watch(run, processes.rank, recipe.health.hang_minutes))
         self.display.start(recipe.name, recipe.steps, self.step, self._facts())
 
     def go(self) -> Outcome:
         """Step after step to the end of the recipe, or until asked to stop."""
         if self.step == 0:
             self._evaluate(self.recipe.evaluation.windows)
-        while self.step < self.recipe.steps and not self._asked_to_stop():
+        while self.step < self.recipe.steps and not self.stops_early and not self._asked_to_stop():
             self._one_step()
             last = self.step == self.recipe.steps
             if _due(self.step, self.recipe.evaluation.every) and not last:
                 self._evaluate(self.recipe.evaluation.windows)
-            if _due(self.step, self.recipe.checkpoints.every) and not last:
+                self.stops_early = self._no_longer_improves()
+            # Not while steps are skipped: good checkpoints would make room for bad ones.
+            if _due(self.step, self.recipe.checkpoints.every) and not last and not self.skipped:
                 self._checkpoint()
         if self.saved_step < self.step:
             self._checkpoint()
-        return self._finish() if self.step == self.recipe.steps else self._leave()
+        self.writer.wait()
+        return self._finish() if self.step == self.recipe.steps or self.stops_early else self._leave()
 
     def _one_step(self) -> None:
-        started = time.perf_counter()
+        started, checkpoint_in_flight = time.perf_counter(), self.writer.in_flight
         learning_rate = self.recipe.optimizer.learning_rate * learning_rate_factor(
             self.recipe.schedule, self.step, self.recipe.steps
         )
         set_learning_rate(self.optimizer, learning_rate)
+        asked = time.perf_counter()
+        batches = self.batches.take(self.step)
+        waited = time.perf_counter() - asked
+        micro_batches, limit = [self._micro_batch(batch) for batch in batches], self.losses.limit()
         result = train_step(
             self.model,
             self.optimizer,
-            list(self._micro_batches()),
+            micro_batches,
             self.processes,
             max_grad_norm=self.recipe.optimizer.max_grad_norm,
+            reduce_every=self.recipe.parallel.reduce == "every",
+            loss_scale=self.loss_scale,
+            loss_limit=limit if self.recipe.health.spike == "skip" else math.inf,
         )
         self.step += 1
+        alive()
+        if self.average is not None:
+            self.average.update(self.step)  # after a skipped step too: its formula counts them all
         tokens = self.recipe.tokens_per_step()
-        rate = tokens / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        rate = tokens / seconds
         line: TrainingLine = {
             "step": self.step,
             "loss": result.loss,
@@ -155,56 +211,144 @@ class _Training:
             "tokens_per_second": rate,
             "mfu": rate * self.recipe.model.flops_per_token(self.recipe.data.sequence_length) / self.peak,
             "peak_memory_bytes": peak_memory_bytes(self.processes.device),
+            "data_wait": waited / seconds,
+            "checkpoint_in_flight": checkpoint_in_flight,
+            "grad_norms": result.grad_norms,
+            "seconds": {"data": waited, **result.seconds, **self.checkpoint_seconds},
+            "skipped": not result.stepped,
         }
+        self.checkpoint_seconds = {}
         if self.metrics is not None:
             self.metrics.train(**line)
         self.display.step(**line)
+        self._look_after(result, limit, micro_batches)
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        """This process's part of the step's samples, the step's samples being [step · G, (step + 1) · G)."""
-        share = self.recipe.batch.sequences // self.processes.size
-        first = self.step * self.recipe.batch.sequences + self.processes.rank * share
-        for start in range(first, first + share, self.recipe.batch.micro_batch):
-            batch = self.stream.batch(range(start, start + self.recipe.batch.micro_batch))
-            yield MicroBatch.of(batch, self.processes.device, across_documents=self.recipe.data.across_documents)
+    def _look_after(self, result: StepResult, limit: float, micro_batches: list[MicroBatch]) -> None:
+        """Tell of a step that stands out, keep what one that was skipped worked on, and end after too many of those."""
+        if result.stepped:
+            self.losses.add(result.loss)
+            self.skipped = 0
+            if result.loss > limit:
+                self.display.message(f"step {self.step}: the loss is {result.loss:.4g}, a spike above {limit:.4g}")
+            return
+        if result.overflowed:
+            assert self.loss_scale is not None
+            scale = self.loss_scale.scale.item()
+            self.display.message(
+                f"step {self.step} skipped: a float16 gradient overflowed; the loss scale is now {scale:g}"
+            )
+            return
+        self.skipped += 1
+        samples = list(self._samples(self.step - 1))
+        folder = save_incident(
+            self.run, self.step, self.processes.rank, result, micro_batches, samples, self.stream.documents
+        )
+        cause = f"the gradient's norm is {result.grad_norm}"
+        if math.isfinite(result.grad_norm):
+            cause = f"the loss is {result.loss:.4g}, a spike above {limit:.4g}"
+        self.display.message(f"step {self.step} skipped: {cause}; what it worked on is in {folder}")
+        if self.skipped >= self.recipe.health.bad_steps:
+            raise TrainingError(
+                f"training diverged: {cause}; {self.skipped} steps in a row were skipped (health.bad_steps); the "
+                "checkpoints are untouched; start another run with a lower optimizer.learning_rate or a longer "
+                "schedule.warmup_steps"
+            )
 
-    def _evaluate(self, windows: int) -> dict[str, float]:
-        result = evaluate(
+    def _recent(self) -> tuple[list[float], int]:
+        """The losses of the steps that were taken last before this one, and how many were skipped since."""
+        lines: list[dict[str, Any]] = []
+        if self.processes.first and (self.run / METRICS).is_file():
+            lines, _ = read_metrics(self.run / METRICS)
+        skipped = [bool(line.get("skipped")) for line in lines]
+        losses = [
+            line["loss"] for line, bad in zip(lines, skipped, strict=True) if not bad and line["loss"] is not None
+        ]
+        trailing = len(list(itertools.takewhile(bool, reversed(skipped))))
+        window = losses[-self.recipe.health.spike_window :]
+        return cast(tuple[list[float], int], self.processes.share((window, trailing)))
+
+    def _read(self, step: int) -> list[Batch]:
+        return [self.stream.batch(samples) for samples in self._samples(step)]
+
+    def _samples(self, step: int) -> Iterator[range]:
+        """This process's part of a step's samples, the step's samples being [step · G, (step + 1) · G)."""
+        size, micro_batch = self.recipe.batch.sequences, self.recipe.batch.micro_batch
+        rank, processes = self.processes.rank, self.processes.size
+        return samples_of(step * size, size, rank=rank, processes=processes, micro_batch=micro_batch)
+
+    def _micro_batch(self, batch: Batch) -> MicroBatch:
+        return MicroBatch.of(batch, self.processes.device, across_documents=self.recipe.data.across_documents)
+
+    def _evaluate(self, windows: int, *, averaged: bool = False) -> dict[str, dict[str, float]]:
+        """Score the held-out text and record it; `averaged`: with the averaged weights too, where they are kept."""
+        results = self._score(windows)
+        if averaged and self.average is not None:
+            with self.average.in_the_model():
+                results[HELDOUT_AVERAGED] = self._score(windows)[HELDOUT]
+        self.evaluated = (self.step, results[HELDOUT]["loss"])
+        if self.metrics is not None:
+            self.metrics.evaluation(self.step, results)
+        self.display.evaluation(self.step, results)
+        return results
+
+    def _score(self, windows: int) -> dict[str, dict[str, float]]:
+        return evaluate(
             self.model,
             self.heldout,
             self.processes,
             windows=windows,
             micro_batch=self.recipe.batch.micro_batch,
-            byte_lengths=self.corpus.tokenizer.byte_lengths,
+            byte_lengths=self.data.tokenizer.byte_lengths,
             across_documents=self.recipe.data.across_documents,
         )
-        if self.metrics is not None:
-            self.metrics.evaluation(self.step, {HELDOUT: result})
-        self.display.evaluation(self.step, {HELDOUT: result})
-        return result
+
+    def _no_longer_improves(self) -> bool:
+        """Whether the held-out loss says to stop; the first process, which keeps the record, decides for all."""
+        if not self.recipe.evaluation.stop_after:
+            return False
+        verdict = False
+        if self.processes.first:
+            _, evaluations = read_metrics(self.run / METRICS)
+            verdict = no_longer_improves(evaluations, HELDOUT, self.recipe.evaluation)
+        return bool(self.processes.share(verdict))
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint."""
+        state = checkpoint.training_state(self.model, self.optimizer)
+        for part in (self.average, self.loss_scale):
+            state |= part.state() if part is not None else {}
+        return state
 
     def _resume(self) -> int:
         """The step of the newest committed checkpoint, loaded; 0 where there is none."""
-        checkpoints = checkpoint.committed(self.run)
+        # The first process looks: a file system that several machines share may show them different things.
+        checkpoints = cast(list[checkpoint.Committed], self.processes.share(checkpoint.committed(self.run)))
         if not checkpoints:
             return 0
-        checkpoint.load(checkpoints[-1], checkpoint.training_state(self.model, self.optimizer), self.processes)
+        checkpoint.load(checkpoints[-1], self._state(), self.processes)
         return checkpoints[-1].step
 
     def _checkpoint(self) -> None:
-        state = checkpoint.training_state(self.model, self.optimizer)
-        checkpoint.save(state, self.run, self.step, self.processes, keep=self.recipe.checkpoints.keep)
+        started = time.perf_counter()
+        state = self._state()
+        loss = self.evaluated[1] if self.evaluated and self.evaluated[0] == self.step else None
+        self.writer.save(state, self.step, heldout_loss=loss)
         self.saved_step = self.step
+        self.checkpoint_seconds = {"checkpoint": time.perf_counter() - started}
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was asked to; all of them then stop after the same step."""
-        return self.processes.sum(self.interruption.requested) != [0.0]
+        """Whether any process was asked to; all of them then stop after the same step, as for a failed checkpoint."""
+        requested, failed = self.processes.sum(self.interruption.requested, self.writer.failed)
+        if failed:
+            self.writer.wait()
+        return requested > 0
 
     def _facts(self) -> dict[str, str]:
         parameters = sum(p.numel() for p in self.model.parameters())
         facts = {
             "model": f"{parameters / 1e6:.1f}M parameters, {self.recipe.compute_dtype}",
             "step": f"{self.recipe.tokens_per_step():,} tokens",
+            "held": self._held_text(parameters),
             "matmul peak": f"{self.peak / 1e12:.2f} TFLOP/s, measured now",
             "run": str(self.run),
         }
@@ -214,24 +358,35 @@ class _Training:
             facts["resumed"] = f"after step {self.step}"
         return facts
 
+    def _held_text(self, parameters: int) -> str:
+        """What this process holds between steps, beside what its share should be."""
+        held = held_bytes(self.model, self.optimizer)
+        shards = self.processes.size // self.recipe.parallel.replicas
+        per_parameter = sum(held.values()) * shards / parameters
+        kinds = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in held.items())
+        return f"{kinds} a process: {per_parameter:.2f} bytes x parameters / {shards}"
+
     def _leave(self) -> Outcome:
+        asked = self.processes.gather(self.interruption.told())
         report = self.processes.first_decides(lambda: write_report(self.run))
         self.display.stop()
         kept = f"after step {self.step} with a checkpoint" if self.step else "before the first step"
-        self.display.message(f"stopped {kept}; the same command goes on from there")
+        reason = next((f", {text}" for text in asked if text), "")
+        self.display.message(f"stopped {kept}{reason}; the same command goes on from there")
         self.display.message(f"run directory  {self.run}\nreport         {report}")
         return Outcome("stopped", self.step, self.run, report)
 
     def _finish(self) -> Outcome:
+        if self.stops_early:
+            count = self.recipe.evaluation.stop_after
+            self.display.message(f"stopped early: no better held-out loss in {count} evaluations")
         self.display.message("scoring all held-out text")
-        result = self._evaluate(windows=0)
-        report = self.processes.first_decides(lambda: self._conclude(result))
+        results = self._evaluate(windows=0, averaged=True)
+        report = self.processes.first_decides(lambda: self._conclude(results))
         return Outcome("finished", self.step, self.run, report)
 
-    def _conclude(self, result: dict[str, float]) -> Path:
+    def _conclude(self, results: dict[str, dict[str, float]]) -> Path:
         """Write down and show what became of the run."""
-        text = heldout_text(Path(self.recipe.data.corpus))
-        heldout = {**result, **compressed_bits_per_byte(text), "bytes": len(text)}
         facts = {
             "name": self.recipe.name,
             "status": "finished",
@@ -240,8 +395,12 @@ class _Training:
             "seconds": seconds_in_steps(self.run, self.recipe.tokens_per_step()),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "matmul_peak_flops": self.peak,
-            "heldout": heldout,
+            "heldout": heldout_facts(results[HELDOUT], [corpus.folder for corpus in self.data.corpora.values()]),
+            "heldout_sources": {name: results[name] for name in self.heldout if name != HELDOUT},
+            "heldout_averaged": results.get(HELDOUT_AVERAGED, {}),
+            "stopped_early": self.stops_early,
             "sample": continuation(self.run, self.recipe),
+            "step_seconds": step_seconds(self.run, self.recipe.tokens_per_step()),
         }
         write_summary(self.run, facts)
         report = write_report(self.run)

@@ -36,6 +36,13 @@ class TrainingLine(TypedDict):
         tokens_per_second: over all processes.
         mfu: model FLOPs utilisation as a fraction of 1; None where no peak is known.
         peak_memory_bytes: the most memory in use at once so far.
+        data_wait: fraction of the step's time that the process which records waited for its batches.
+        checkpoint_in_flight: whether a checkpoint was being written when the step began.
+        grad_norms: the same by block, and by module where in none.
+        seconds: what parts of the step took in the process that records: ``data`` (waiting), ``forward``, ``backward``
+            (with the reduction that overlaps it), ``optimizer``, and ``checkpoint``, the last one's, where one came
+            between this step and the one before.
+        skipped: whether the weights stayed as they were: the gradient was not finite, or the loss a spike.
     """
 
     step: int
@@ -46,6 +53,11 @@ class TrainingLine(TypedDict):
     tokens_per_second: float
     mfu: float | None
     peak_memory_bytes: int
+    data_wait: float
+    checkpoint_in_flight: bool
+    grad_norms: dict[str, float]
+    seconds: dict[str, float]
+    skipped: bool
 
 
 class Metrics:
@@ -75,7 +87,11 @@ class Metrics:
         """Record a training step."""
         line = {name: fields[name] for name in TrainingLine.__annotations__}  # type: ignore[literal-required]
         self._write(line)
-        self._scalars({f"train/{name}": value for name, value in line.items() if name != "step"}, fields["step"])
+        scalars: dict[str, Any] = {}
+        for name, value in line.items():
+            parts = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
+            scalars |= {f"train/{part}": x for part, x in parts.items() if part != "step"}
+        self._scalars(scalars, fields["step"])
 
     def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Record an evaluation, in place of an earlier one of the same step.

@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from tilewright.corpus import CorpusError
 from tilewright.model import Transformer, initialise
 from tilewright.model.config import ModelConfig
-from tilewright.trainer.activations import keep_products_only
+from tilewright.trainer.activations import checkpoint_activations
 from tilewright.trainer.errors import TrainingError, disk_error_text
 from tilewright.trainer.host_memory import keep_freed_memory
+from tilewright.trainer.recipe import ActivationCheckpointing, Parallel
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,12 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.add(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, summed over the processes in its own memory, without waiting for the device."""
+        dist.all_reduce(x)
+        return x
 
     def share(self, value: object) -> object:
         """What the first process passes as `value`, on all of them."""
@@ -101,9 +105,10 @@ def world() -> Iterator[World]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         try:
             dist.init_process_group(backend)
-        except ValueError as error:
+        except (ValueError, dist.DistError) as error:
+            reason = str(error).splitlines()[0]
             raise TrainingError(
-                f"RANK and WORLD_SIZE are set, but the processes cannot meet ({error}); start them with torchrun, or "
+                f"RANK and WORLD_SIZE are set, but the processes cannot meet ({reason}); start them with torchrun, or "
                 "unset the two variables"
             ) from None
     else:
@@ -117,7 +122,7 @@ def world() -> Iterator[World]:
             # Leaving together: a process that is still in a collective when another has gone is aborted by gloo.
             dist.barrier()
     except RuntimeError as error:
-        if dist.get_world_size() > 1 and "closed by peer" in str(error):
+        if dist.get_world_size() > 1 and (isinstance(error, dist.DistError) or "by peer" in str(error)):
             raise TrainingError("another process of this run ended first; its own message says why") from None
         raise
     finally:
@@ -125,20 +130,35 @@ def world() -> Iterator[World]:
 
 
 def sharded_model(
-    config: ModelConfig, world: World, *, compute_dtype: torch.dtype, compile: bool, seed: int
+    config: ModelConfig,
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    compile: bool,
+    seed: int,
+    parallel: Parallel | None = None,
+    activation_checkpointing: ActivationCheckpointing | None = None,
 ) -> Transformer:
     """A Transformer with float32 parameters sharded over the processes, its initial values independent of how many.
 
     The matrix products run in `compute_dtype`; gradients are reduced in float32. Parameters are created without memory,
-    sharded, and only then initialised, so no process ever holds the whole model.
+    sharded, and only then initialised, so no process ever holds the whole model. Each block is gathered and reduced as
+    one, and the rest (embedding, last norm, head) as another, which stays gathered from the embedding to the loss.
+
+    Raises:
+        TrainingError: `parallel` does not fit the processes or the device.
     """
+    parallel = parallel or Parallel()
+    _check_parallel(parallel, world)
     with torch.device("meta"):
         model = Transformer(config)
+    checkpoint_activations(
+        model.blocks,
+        activation_checkpointing or ActivationCheckpointing(),
+        compiled=compile,
+        device_type=world.device.type,
+    )
     if compile:
-        # On a GPU not yet: no one has seen there what the compiler then makes of the Triton ops.
-        if world.device.type == "cpu":
-            for block in model.blocks:
-                keep_products_only(block)
         compile_blocks(model)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != torch.float32 else None,
@@ -146,18 +166,62 @@ def sharded_model(
         # The rotary tables pass through the blocks and must stay float32.
         cast_forward_inputs=False,
     )
+    mesh = mesh_of(world, parallel.replicas)
+    shards = mesh.size(-1)
     # One process has nothing to free between forward and backward; gathering again would only copy.
-    again = world.size > 1
+    again = parallel.reshard_after_forward and shards > 1
+    offload = CPUOffloadPolicy() if parallel.offload else OffloadPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=again)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    _prefetch(model, parallel.prefetch)
     if world.size == 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(_ReduceOfOne())  # type: ignore[arg-type]
-    model.to_empty(device=world.device)
+    if world.device.type == "meta":
+        return model  # planned for, not run
+    model.to_empty(device="cpu" if parallel.offload else world.device)
+    if parallel.offload:
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(world.device)  # offloaded are parameters alone
     initialise(model, seed)
     return model
+
+
+def mesh_of(world: World, replicas: int) -> DeviceMesh:
+    """The processes as FSDP takes them: in one dimension, or in `replicas` rows of which each holds a whole model.
+
+    Processes of one row have neighbouring ranks, so that with as many of them as a machine has GPUs the gathering stays
+    within the machine.
+    """
+    if replicas == 1:
+        return world.mesh
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _check_parallel(parallel: Parallel, world: World) -> None:
+    if world.size % parallel.replicas:
+        fitting = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        nearest = min(fitting, key=lambda n: (abs(n - parallel.replicas), n))
+        raise TrainingError(
+            f"parallel.replicas is {parallel.replicas}, which does not divide the {world.size} "
+            f"process{'es' if world.size > 1 else ''} of this run; set it to {nearest}, or start another number"
+        )
+    if parallel.offload and world.device.type == "cpu":
+        raise TrainingError(
+            "parallel.offload moves weights from a GPU to host memory, and this run has no GPU; unset it"
+        )
+
+
+def _prefetch(model: Transformer, depth: int) -> None:
+    """Gather the weights of `depth` blocks ahead, in the forward pass and, the other way, in the backward pass."""
+    blocks = typing.cast("list[FSDPModule]", list(model.blocks))
+    for number, block in enumerate(blocks):
+        # FSDP itself gathers one block ahead in the backward pass; where told otherwise, it does as told.
+        block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + depth])
+        block.set_modules_to_backward_prefetch(blocks[max(0, number - depth) : number][::-1])
 
 
 class _ReduceOfOne:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import itertools
 import math
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,23 +22,55 @@ from typing import Any, Literal
 
 import yaml
 
+from tilewright.corpus import CorpusError, whole_shares
 from tilewright.model import PRESETS, ModelConfig, ModelConfigError, from_preset
 from tilewright.trainer.errors import TrainingError
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where the tokens come from.
+class Source:
+    """One of several sources of tokens.
 
     Attributes:
-        corpus: folder that ``tilewright corpus build`` made.
-        sequence_length: tokens in a sample.
-        across_documents: whether attention may cross from one packed document into the next.
+        corpus, heldout: as in `Data`.
+        weight: its share of the samples, relative to the others' weights: 0.7 beside 0.3, or 7 beside 3.
+        name: what its held-out text is called in the metrics; by default the name of the folder. It also shuffles the
+            source, so that it gives the same samples in the same order whatever it is mixed with.
     """
 
     corpus: str
+    weight: float
+    name: str = ""
+    heldout: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from: `corpus`, or several `sources` in fixed proportions.
+
+    Attributes:
+        corpus: folder that ``tilewright corpus build`` made, or one of token shards in datatrove's layout.
+        sources: several such folders; all made with one tokenizer.
+        tokenizer: for shards in datatrove's layout, the tokenizer.json that they were made with.
+        end_of_text: for such shards, the token that ends a document.
+        heldout: for such shards, the folder of others to evaluate on.
+        sequence_length: tokens in a sample.
+        across_documents: whether attention may cross from one packed document into the next.
+        prefetch: steps whose batches are read ahead, in threads; 0 reads each when it is its turn.
+    """
+
+    corpus: str = ""
+    sources: list[Source] = field(default_factory=list)
+    tokenizer: str = ""
+    end_of_text: str = "<|endoftext|>"
+    heldout: str = ""
     sequence_length: int
     across_documents: bool = False
+    prefetch: int = 4
+
+    def source_names(self) -> list[str]:
+        """What each of `sources` is called."""
+        return [source.name or Path(source.corpus).name for source in self.sources]
 
 
 @dataclass(frozen=True)
@@ -48,24 +82,73 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Options of the parameters that a rule matches.
+
+    Attributes:
+        match: regular expression, searched for in names such as ``blocks.3.mlp.down.weight``.
+        learning_rate_factor: multiplies the learning rate.
+        weight_decay: in place of what these parameters would get; None leaves that.
+    """
+
+    match: str
+    learning_rate_factor: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
 class Optimizer:
-    """AdamW (arXiv:1711.05101), weight decay on matrices alone, gradients clipped to a global norm (0: not clipped)."""
+    """How gradients become steps; see `tilewright.trainer.optimizer`.
+
+    Attributes:
+        learning_rate: at the schedule's peak.
+        kind: ``adamw`` (arXiv:1711.05101); ``muon`` for the matrices of the blocks and AdamW for the rest, at the same
+            learning rate; ``sgd`` with momentum.
+        implementation: of AdamW: ``torch``, fused; ``tilewright``, the kernel; ``apex``, NVIDIA's; ``auto`` is torch's.
+        betas, eps: of AdamW.
+        momentum: of Muon and SGD.
+        orthogonalisation_dtype: what Muon sends and orthogonalises matrices in.
+        weight_decay: of matrices; norms, biases and embeddings have none unless a group says so. Decoupled, but for
+            SGD, where it is added to the gradient.
+        max_grad_norm: gradients are clipped to this global norm; 0 leaves them.
+        groups: rules for parameters by name; the first that matches a name holds for it.
+        ema_decay: of an average of the weights, kept in float32 beside them and evaluated at the end; 0 keeps none.
+    """
 
     learning_rate: float
+    kind: Literal["adamw", "muon", "sgd"] = "adamw"
+    implementation: Literal["auto", "torch", "tilewright", "apex"] = "auto"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    momentum: float = 0.95
+    orthogonalisation_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
+    groups: list[ParameterGroup] = field(default_factory=list)
+    ema_decay: float = 0.0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Shape of the learning rate over the run; see `tilewright.trainer.schedule`."""
+    """Shape of the learning rate over the run; see `tilewright.trainer.schedule`.
 
-    kind: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
+    Attributes:
+        kind: the curve after the warm-up.
+        warmup_steps: of the beginning.
+        decay_steps: of ``warmup_stable_decay``.
+        final_fraction: of the learning rate, where a curve that falls ends.
+        restarts: steps after which a new warm-up and curve begin, for continual training.
+        restart_warmup_steps: of each restart; None takes `warmup_steps`.
+        restart_peak: fraction of the learning rate that a restart warms up to.
+    """
+
+    kind: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
     warmup_steps: int = 0
     decay_steps: int = 0
     final_fraction: float = 0.1
+    restarts: list[int] = field(default_factory=list)
+    restart_warmup_steps: int | None = None
+    restart_peak: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,18 +158,94 @@ class Evaluation:
     Attributes:
         every: steps between evaluations; 0 leaves only the first and the last.
         windows: samples in each but the last one; 0 takes all.
+        stop_after: the run ends after so many evaluations in a row without a better held-out loss; 0: never.
+        stop_margin: nats a token by which a loss must be lower than the best before it to count as better.
     """
 
     every: int = 0
     windows: int = 0
+    stop_after: int = 0
+    stop_margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """A checkpoint every so many steps (0: only at the end or when stopped), the newest `keep` of them kept."""
+    """When checkpoints are taken and which of them stay.
+
+    Attributes:
+        every: steps between them; 0: only at the end or when stopped.
+        keep: the newest so many stay.
+        keep_every: those of a step that this divides stay for ever; 0: none do.
+        keep_best: whether the one with the lowest held-out loss stays, of those whose step was evaluated.
+        asynchronous: whether training goes on while one is written, for the price of a copy of the state in host
+            memory: with AdamW 12 bytes × parameters ÷ the processes that they are sharded over, in each process.
+    """
 
     every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    keep_best: bool = False
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the processes share the model and the work of a step.
+
+    Attributes:
+        replicas: groups of processes that each hold a whole model, sharded over the group (HSDP); 1 shards one model
+            over all processes (FSDP). More replicas take more memory and gather within a group alone.
+        reshard_after_forward: whether a block's gathered weights are freed between its forward and its backward pass,
+            which costs a second gather and saves the compute dtype's bytes × all parameters.
+        reduce: when the gradients of a step with several micro-batches are reduced: ``last`` once a step, while each
+            process adds up whole gradients in float32 (4 bytes × all parameters); ``every`` after each micro-batch,
+            which sends that many times as much and keeps sharded gradients alone. Replicas are always reduced once.
+        offload: whether weights, gradients and optimizer state live in host memory; for a GPU.
+        prefetch: blocks whose weights are gathered ahead of the one that computes.
+    """
+
+    replicas: int = 1
+    reshard_after_forward: bool = True
+    reduce: Literal["last", "every"] = "last"
+    offload: bool = False
+    prefetch: int = 1
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointing:
+    """Which activations of a block are kept for its backward pass, and which computed again.
+
+    Attributes:
+        mode: ``none`` keeps what autograd keeps; ``full`` the block's input alone; ``selective`` the results of the ops
+            in `keep`; ``budget`` what a compiled block can keep within `budget`; ``auto`` is ``selective`` where blocks
+            are compiled for a CPU, which is faster there, else ``none``.
+        keep: ``matmul``, ``attention`` or another kernel, such as ``rms_norm``, where it runs as a kernel.
+        budget: share of the memory that ``none`` would take, 0 to 1.
+    """
+
+    mode: Literal["auto", "none", "selective", "full", "budget"] = "auto"
+    keep: list[str] = field(default_factory=lambda: ["matmul", "attention"])
+    budget: float = 0.5
+
+
+@dataclass(frozen=True)
+class Health:
+    """What is done about steps that go wrong; a step whose gradient is not finite is always skipped.
+
+    Attributes:
+        bad_steps: so many skipped in a row stop the run.
+        spike: what to do about a spike of the loss: ``warn`` and go on, ``skip`` the step, or ``none``.
+        spike_score: how far above the median of the last losses a spike is, in robust standard deviations.
+        spike_window: steps whose losses count; a quarter of them must be there before anything is a spike.
+        hang_minutes: without a step or an evaluated batch for so long, every process writes where it stands and ends;
+            0 never does.
+    """
+
+    bad_steps: int = 3
+    spike: Literal["warn", "skip", "none"] = "warn"
+    spike_score: float = 10.0
+    spike_window: int = 128
+    hang_minutes: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +266,7 @@ class Recipe:
         name: names the run directory.
         steps: optimizer steps.
         compute_dtype: of parameters and activations in the matrix products; masters and reductions are float32.
+            float16 is for GPUs without bfloat16; its loss is scaled dynamically.
         compile: whether the blocks and the loss go through ``torch.compile``.
         seed: of the initial values and of the order of the samples.
         runs: folder of the run directories.
@@ -124,7 +284,10 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     sample: Sample = field(default_factory=Sample)
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    parallel: Parallel = field(default_factory=Parallel)
+    activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
+    health: Health = field(default_factory=Health)
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     compile: bool = True
     seed: int = 0
     runs: str = "runs"
@@ -136,9 +299,12 @@ class Recipe:
         at_least = {
             "steps": 1, "data.sequence_length": 1, "batch.sequences": 1, "batch.micro_batch": 1,
             "schedule.warmup_steps": 0, "schedule.decay_steps": 0, "evaluation.every": 0, "evaluation.windows": 0,
-            "checkpoints.every": 0, "checkpoints.keep": 1, "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
+            "evaluation.stop_after": 0, "evaluation.stop_margin": 0, "schedule.restart_peak": 0,
+            "checkpoints.every": 0, "checkpoints.keep": 1, "checkpoints.keep_every": 0,
+            "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
             "optimizer.eps": 0, "optimizer.weight_decay": 0, "schedule.final_fraction": 0, "seed": 0,
-            "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1,
+            "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1, "parallel.replicas": 1,
+            "parallel.prefetch": 0, "activation_checkpointing.budget": 0, "data.prefetch": 0,
         }  # fmt: skip
         for key, least in at_least.items():
             value = _get(self, key)
@@ -146,6 +312,29 @@ class Recipe:
                 raise TrainingError(f"{key} is {value}; it must be {least} or more")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise TrainingError(f"optimizer.betas is {self.optimizer.betas}; each must be at least 0 and less than 1")
+        _check_sources(self.data)
+        _check_optimizer(self.optimizer)
+        _check_schedule(self.schedule, self.steps)
+        if self.evaluation.stop_after and not self.evaluation.every:
+            raise TrainingError(
+                f"evaluation.stop_after is {self.evaluation.stop_after} and evaluation.every 0, so there is nothing to "
+                "stop by; set evaluation.every"
+            )
+        together = math.lcm(self.evaluation.every, self.checkpoints.every)
+        if self.checkpoints.keep_best and not 0 < together < self.steps:
+            raise TrainingError(
+                f"checkpoints.keep_best is true, but no step before the last is both evaluated (evaluation.every "
+                f"{self.evaluation.every}) and saved (checkpoints.every {self.checkpoints.every}); set both to the same"
+            )
+        if self.activation_checkpointing.budget > 1:
+            raise TrainingError(
+                f"activation_checkpointing.budget is {self.activation_checkpointing.budget}; it must be between 0 and 1"
+            )
+        if self.activation_checkpointing.mode == "budget" and not self.compile:
+            raise TrainingError(
+                "activation_checkpointing.mode is 'budget', which the compiler keeps to, and compile is false; "
+                "set compile to true or take another mode"
+            )
         if not self.seed < 2**63:
             raise TrainingError(f"seed is {self.seed}; it must be less than 2**63")
         if self.data.sequence_length > self.model.max_sequence_length:
@@ -153,15 +342,73 @@ class Recipe:
                 f"data.sequence_length is {self.data.sequence_length}, more than the {self.model.max_sequence_length} "
                 "positions of model.max_sequence_length; lower the one or raise the other"
             )
-        if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
-            raise TrainingError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) and schedule.decay_steps "
-                f"({self.schedule.decay_steps}) are more than steps ({self.steps}); lower them or raise steps"
-            )
 
     def tokens_per_step(self) -> int:
         """Tokens that a step consumes, over all processes."""
         return self.batch.sequences * self.data.sequence_length
+
+
+def _check_sources(data: Data) -> None:
+    if not data.sources:
+        return
+    if data.corpus or data.heldout:
+        given = "data.corpus" if data.corpus else "data.heldout"
+        raise TrainingError(f"{given} and data.sources are both given; give one, or each source its own under sources")
+    for name in (names := data.source_names()):
+        if name in ("", "heldout", "heldout_averaged") or "/" in name or names.count(name) > 1:
+            raise TrainingError(
+                f"data.sources names {', '.join(map(repr, names))}; give each a name of its own, without '/', other "
+                "than heldout, which stands for all of them"
+            )
+    try:
+        whole_shares([source.weight for source in data.sources])
+    except CorpusError as error:
+        raise TrainingError(f"data.sources does not fit: {error}") from None
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    for key in ("momentum", "ema_decay"):
+        if not 0 <= (value := getattr(optimizer, key)) < 1:
+            raise TrainingError(f"optimizer.{key} is {value}; it must be at least 0 and less than 1")
+    if optimizer.kind == "sgd" and optimizer.implementation != "auto":
+        raise TrainingError(
+            f"optimizer.implementation is {optimizer.implementation!r}, which is of AdamW, and optimizer.kind 'sgd'; "
+            "set optimizer.implementation to auto"
+        )
+    for number, group in enumerate(optimizer.groups):
+        for key in ("learning_rate_factor", "weight_decay"):
+            value = getattr(group, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise TrainingError(f"optimizer.groups[{number}].{key} is {value}; it must be 0 or more")
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            raise TrainingError(
+                f"optimizer.groups[{number}].match is {group.match!r}, which is no regular expression: {error}"
+            ) from None
+
+
+def _check_schedule(schedule: Schedule, steps: int) -> None:
+    bounds = [0, *schedule.restarts, steps]
+    if sorted(set(bounds)) != bounds:
+        raise TrainingError(
+            f"schedule.restarts is {schedule.restarts}; it must be rising steps after 0 and before steps ({steps})"
+        )
+    again = schedule.warmup_steps if schedule.restart_warmup_steps is None else schedule.restart_warmup_steps
+    if again < 0:
+        raise TrainingError(f"schedule.restart_warmup_steps is {again}; it must be 0 or more")
+    if schedule.warmup_steps + schedule.decay_steps > bounds[1]:
+        end = "the first of schedule.restarts" if schedule.restarts else "steps"
+        raise TrainingError(
+            f"schedule.warmup_steps ({schedule.warmup_steps}) and schedule.decay_steps ({schedule.decay_steps}) are "
+            f"more than {end} ({bounds[1]}); lower them or raise {end}"
+        )
+    shortest = min((end - start for start, end in itertools.pairwise(bounds[1:])), default=None)
+    if shortest is not None and again + schedule.decay_steps > shortest:
+        raise TrainingError(
+            f"the warm-up of a restart ({again}) and schedule.decay_steps ({schedule.decay_steps}) are more than the "
+            f"{shortest} steps from one of schedule.restarts to the next or to the end; lower them or move the restarts"
+        )
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -313,6 +560,12 @@ def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
             yield from _known_keys(typing.cast(type, kind), f"{prefix}{name}.")
 
 
+def _class_of_entries(kind: Any) -> type | None:
+    """The dataclass of which a list holds several; None for every other type."""
+    entries = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+    return typing.cast(type, entries) if dataclasses.is_dataclass(entries) else None
+
+
 def _check_keys(values: dict[str, Any], cls: type, source: str, extra: set[str], prefix: str = "") -> None:
     """Raise for the first key that no field answers to, with the nearest known one."""
     sections = _sections(cls)
@@ -320,7 +573,7 @@ def _check_keys(values: dict[str, Any], cls: type, source: str, extra: set[str],
         path = f"{prefix}{key}"
         kind = sections.get(key)
         if kind is None and path not in extra:
-            known = [*_known_keys(Recipe), *sorted(extra)]
+            known = [*_known_keys(Recipe), *sorted(extra), *(f"{prefix}{name}" for name in sections)]
             # Among the keys of this section first, where the slip most likely is.
             here = [k for k in known if k.startswith(prefix) and "." not in k[len(prefix) :]]
             near = difflib.get_close_matches(path, here, 1) or difflib.get_close_matches(path, known, 1, 0.0)
@@ -329,6 +582,11 @@ def _check_keys(values: dict[str, Any], cls: type, source: str, extra: set[str],
             if not isinstance(value, dict):
                 raise TrainingError(f"{path} in {source} is {value!r}; it must be a section of keys")
             _check_keys(value, typing.cast(type, kind), source, extra, f"{path}.")
+        if (entries := _class_of_entries(kind)) and isinstance(value, list):
+            for number, entry in enumerate(value):
+                if not isinstance(entry, dict):
+                    raise TrainingError(f"{path}[{number}] in {source} is {entry!r}; it must be a section of keys")
+                _check_keys(entry, entries, source, extra, f"{path}[{number}].")
 
 
 def _check_required(values: dict[str, Any], cls: type, source: str, prefix: str = "") -> None:
@@ -340,6 +598,9 @@ def _check_required(values: dict[str, Any], cls: type, source: str, prefix: str 
             raise TrainingError(f"{source} has no {prefix}{f.name}; state it{hint}")
         if f.name in values and dataclasses.is_dataclass(sections[f.name]):
             _check_required(values[f.name], typing.cast(type, sections[f.name]), source, f"{prefix}{f.name}.")
+        if (entries := _class_of_entries(sections[f.name])) and isinstance(values.get(f.name), list):
+            for number, entry in enumerate(values[f.name]):
+                _check_required(entry, entries, source, f"{prefix}{f.name}[{number}].")
 
 
 def _typed(values: dict[str, Any], source: str) -> Recipe:

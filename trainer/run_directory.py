@@ -17,13 +17,24 @@ from tilewright.trainer.recipe import Recipe, recipe_from_run, recipe_text
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
-# What may change between the start of a run and its resumption: nothing that decides what is computed (`compile`
-# changes roundings alone; the corpus is compared by what is in it, not by its path).
-_FREE_TO_CHANGE = ("name", "runs", "run_directory", "evaluation", "checkpoints", "sample", "compile", "data.corpus")
+# What may change between the start of a run and its resumption: nothing that decides what is computed (`compile`,
+# `optimizer.implementation` and `batch.micro_batch` change roundings alone; corpora are compared by what is in them,
+# and their weights with them).
+_FREE_TO_CHANGE = (
+    "name", "runs", "run_directory", "evaluation", "checkpoints", "sample", "compile", "batch.micro_batch",
+    "data.corpus", "data.sources", "data.tokenizer", "data.heldout", "data.prefetch", "optimizer.implementation",
+)  # fmt: skip
+# How a run is steered, which whoever names its directory may do; without a name, other values begin another run.
+_STEERING = (
+    "steps", "schedule", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.groups", "optimizer.betas",
+    "optimizer.eps", "optimizer.momentum", "optimizer.max_grad_norm",
+)  # fmt: skip
 
 
 def choose_run_directory(recipe: Recipe, fits: Callable[[Path], bool] = lambda run: True) -> Path:
     """The directory for `recipe`: the one it names, or the newest unfinished run of the same recipe, or a new one.
+
+    A run whose directory is named goes on with the learning rate, schedule and number of steps that `recipe` states.
 
     Args:
         fits: whether an unfinished run may be gone on with, apart from its recipe.
@@ -103,7 +114,7 @@ def _numbered(runs: Path, name: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
-def _differences(old: Recipe, new: Recipe) -> list[str]:
+def _differences(old: Recipe, new: Recipe, free_to_change: tuple[str, ...] = _FREE_TO_CHANGE) -> list[str]:
     """Keys by which two recipes would give different runs."""
 
     def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -114,12 +125,12 @@ def _differences(old: Recipe, new: Recipe) -> list[str]:
                 yield prefix + key, value
 
     a, b = (dict(flat(dataclasses.asdict(recipe))) for recipe in (old, new))
-    free = tuple(f"{section}." for section in _FREE_TO_CHANGE)
-    return [key for key in a if a[key] != b[key] and key not in _FREE_TO_CHANGE and not key.startswith(free)]
+    free = tuple(f"{section}." for section in free_to_change)
+    return [key for key in a if a[key] != b[key] and key not in free_to_change and not key.startswith(free)]
 
 
 def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
-    different = _differences(recipe_from_run(run / RECIPE), recipe)
+    different = _differences(recipe_from_run(run / RECIPE), recipe, _FREE_TO_CHANGE + _STEERING)
     if different:
         raise TrainingError(
             f"{run} holds a run of another recipe ({', '.join(different)} differ); "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from tilewright.corpus import IGNORE, Batch
 from tilewright.model import Transformer
-from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.loss_scale import LossScale
 from tilewright.trainer.parallel import World
+from tilewright.trainer.phases import PhaseClock
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,25 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss (nats a token) over the whole step, and the gradient's norm before clipping."""
+    """What a step came to.
+
+    Attributes:
+        loss: mean over the whole step, nats a token.
+        grad_norm: of the gradient before clipping.
+        stepped: whether the weights changed: not where the gradient is not finite, or the loss beyond its limit.
+        overflowed: whether they did not for the loss scale alone, which was too large and now is smaller.
+        micro_losses: this process's micro-batches' summed losses, in nats, on the device.
+        grad_norms: `grad_norm` by place, see `place_of`.
+        seconds: of ``forward``, ``backward`` (with the reduction) and ``optimizer``, in this process.
+    """
 
     loss: float
     grad_norm: float
+    stepped: bool
+    overflowed: bool
+    micro_losses: list[torch.Tensor] = field(compare=False)
+    grad_norms: dict[str, float]
+    seconds: dict[str, float] = field(compare=False)
 
 
 def train_step(
@@ -56,46 +72,98 @@ def train_step(
     world: World,
     *,
     max_grad_norm: float,
+    reduce_every: bool = False,
+    loss_limit: float = math.inf,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """Forward and backward over this process's micro-batches, then one optimizer step.
 
+    A step whose gradient is not finite, or whose loss is above `loss_limit`, leaves weights and optimizer as they were.
+    All processes come to this from the same sums, on the device: none waits for it before the optimizer has run.
+
     Args:
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them.
-
-    Raises:
-        TrainingError: a gradient is not finite; no weight has changed.
+        reduce_every: reduce gradients over the shards after each micro-batch, not only after the last.
+        loss_limit: of the mean loss, in nats a token.
+        loss_scale: for float16; updated.
     """
     assert isinstance(model, FSDPModule)
     (valid_tokens,) = world.sum(sum(micro.valid_tokens() for micro in micro_batches))
     # FSDP averages gradients over the processes; the factor makes a sum of it again.
     scale = world.size / max(valid_tokens, 1.0)
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    losses, clock = [], PhaseClock(world.device)
     for number, micro in enumerate(micro_batches):
-        # Gradients are reduced once a step; until then each process adds up its own, in float32.
-        model.set_requires_gradient_sync(number == len(micro_batches) - 1)
+        last = number == len(micro_batches) - 1
+        # Until gradients are reduced, each process adds up its own, in float32.
+        model.set_requires_gradient_sync(last or reduce_every)
+        model.set_requires_all_reduce(last)
+        clock.begin("forward")
         summed = model(micro.inputs, micro.targets, micro.cu_seqlens)
-        (summed * scale).backward()
-        total += summed.detach()
-    grad_norm = clip_gradients(model, max_grad_norm)
-    if not math.isfinite(grad_norm):
-        # The norm is over all processes, so all of them end here, before the weights are touched.
-        optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(
-            f"training diverged: the gradient's norm is {grad_norm}; the checkpoints are untouched; start another run "
-            "with a lower optimizer.learning_rate or a longer schedule.warmup_steps"
-        )
-    optimizer.step()
+        clock.begin("backward")
+        (summed * (scale if loss_scale is None else scale * loss_scale.scale)).backward()
+        losses.append(summed.detach())
+    clock.begin("optimizer")
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    if loss_scale is not None:
+        torch._foreach_div_([_local(p.grad) for _, p in parameters if p.grad is not None], loss_scale.scale)
+    places, squares = _squares(parameters, world.device)
+    sums = world.add(torch.cat([torch.stack(losses).double().sum()[None], squares]))
+    loss, norm = sums[0] / max(valid_tokens, 1.0), sums[1:].sum().sqrt()
+    good = norm.isfinite() & (loss <= loss_limit)
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_((p for _, p in parameters), max_grad_norm, norm.float())
+    _step_if(good, optimizer)
     optimizer.zero_grad(set_to_none=True)
-    (loss,) = world.sum(total.item())
-    return StepResult(loss / max(valid_tokens, 1.0), grad_norm)
+    overflowed = torch.zeros_like(good)
+    if loss_scale is not None:
+        overflowed = ~norm.isfinite() & loss.isfinite() & (loss_scale.scale > 1.0)
+        loss_scale.update(norm.isfinite())
+    figures = torch.stack([loss, norm, good.double(), overflowed.double()])
+    mean, whole, stepped, too_large, *norms = torch.cat([figures, sums[1:].sqrt()]).tolist()
+    grad_norms = dict(zip(places, norms, strict=True))
+    return StepResult(mean, whole, bool(stepped), bool(too_large), losses, grad_norms, clock.seconds())
 
 
-def clip_gradients(model: Transformer, max_norm: float) -> float:
-    """Scale the gradients down to a global norm of `max_norm` (0: leave them); returns the norm they had."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # over all shards, not this process's
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm)
+def place_of(name: str) -> str:
+    """Where a parameter is: its block, such as ``blocks.3``, or the module that is in none, such as ``embedding``."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "blocks" else 1])
+
+
+def _squares(parameters: Sequence[tuple[str, torch.Tensor]], device: torch.device) -> tuple[list[str], torch.Tensor]:
+    """Places, and this process's part of the gradients' squared norm at each (places,), in float64: the parts of all
+    processes add up to the whole.
+
+    An element that several processes hold, each a replica of it, counts once over all of them.
+    """
+    places = list(dict.fromkeys(place_of(name) for name, _ in parameters))
+    squares = torch.zeros(len(places), dtype=torch.float64, device=device)
+    if not parameters:
+        return places, squares
+    gradients = [parameter.grad for _, parameter in parameters]
+    shards = [_local(grad) for grad in gradients if grad is not None]
+    where = torch.tensor([places.index(place_of(name)) for name, _ in parameters], device=device)
+    squares.index_add_(0, where, torch.stack(torch._foreach_norm(shards)).to(device).double().square())
+    first = parameters[0][1]
+    if isinstance(first, DTensor):
+        mesh = first.device_mesh
+        squares /= math.prod(mesh.size(i) for i, place in enumerate(first.placements) if place.is_replicate())
+    return places, squares
+
+
+def _local(x: torch.Tensor) -> torch.Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _step_if(good: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step where `good` holds, which an optimizer made for a gradient scaler finds out on the device."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if good.item():
+            optimizer.step()
+        return
+    device = optimizer.param_groups[0]["params"][0].device  # the host's, where weights are offloaded
+    optimizer.grad_scale, optimizer.found_inf = None, (~good).float().to(device)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

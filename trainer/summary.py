@@ -5,10 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.metrics import METRICS, read_metrics
 from tilewright.trainer.quantities import duration, short
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.run_directory import SUMMARY, write_atomically
@@ -26,12 +30,14 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def heldout_text(corpus: Path) -> bytes:
-    """The held-out documents of a corpus folder, end to end.
+    """The held-out documents of a corpus folder, end to end; none where it holds token shards alone.
 
     Raises:
         TrainingError: the file that holds them is damaged.
     """
     path = corpus / "documents" / "heldout.jsonl"
+    if not path.exists():
+        return b""
     try:
         with path.open(encoding="utf-8") as lines:
             return "".join(json.loads(line)["text"] for line in lines).encode()
@@ -39,6 +45,16 @@ def heldout_text(corpus: Path) -> bytes:
         raise TrainingError(
             f"{path} is damaged; bring it back from a copy, then give the same command again: the model is saved"
         ) from None
+
+
+def heldout_facts(scores: Mapping[str, float], corpora: Sequence[Path]) -> dict[str, float]:
+    """The scores of all held-out text, its bytes, and what compressors make of it where it is there as text."""
+    texts = [heldout_text(corpus) for corpus in corpora]
+    if all(texts):
+        text = b"".join(texts)
+        return {**scores, **compressed_bits_per_byte(text), "bytes": len(text)}
+    bits = scores["loss"] * scores["tokens"] / math.log(2)
+    return {**scores, "bytes": round(bits / scores["bits_per_byte"])}
 
 
 def continuation(run: Path, recipe: Recipe) -> dict[str, str]:
@@ -57,10 +73,24 @@ def continuation(run: Path, recipe: Recipe) -> dict[str, str]:
     return {"prompt": sample.prompt, "continuation": text}
 
 
+def step_seconds(run: Path, tokens_per_step: int) -> dict[str, float]:
+    """The median time of a step, of those that began while a checkpoint was being written and of the others."""
+    lines, _ = read_metrics(run / METRICS)
+    seconds: dict[str, list[float]] = {"checkpoint_in_flight": [], "otherwise": []}
+    for line in lines:
+        if rate := line.get("tokens_per_second"):
+            kind = "checkpoint_in_flight" if line.get("checkpoint_in_flight") else "otherwise"
+            seconds[kind].append(tokens_per_step / rate)
+    return {kind: statistics.median(times) for kind, times in seconds.items() if times}
+
+
 def closing_text(facts: dict[str, Any]) -> str:
     """What is shown at the end of a run, from what `write_summary` records."""
     heldout, sample = facts["heldout"], facts["sample"]
     rows = [("this model", heldout["bits_per_byte"])]
+    if facts["heldout_averaged"]:
+        rows.append(("averaged", facts["heldout_averaged"]["bits_per_byte"]))
+    rows += [(f"  on {name}", scores["bits_per_byte"]) for name, scores in facts["heldout_sources"].items()]
     rows += [
         (f"{name} -9", heldout[f"{name}_bits_per_byte"])
         for name in ("xz", "gzip")
@@ -69,8 +99,13 @@ def closing_text(facts: dict[str, Any]) -> str:
     lines = [
         f"\ntrained on {short(facts['tokens'])} tokens in {facts['steps']:,} steps, {duration(facts['seconds'])}",
         f"\nbits per byte of held-out text ({heldout['bytes']:,} bytes that were not trained on)",
-        *(f"  {name:<10}  {bits:.3f}" for name, bits in rows),
+        *(f"  {name:<{max(10, *(len(name) for name, _ in rows))}}  {bits:.3f}" for name, bits in rows),
     ]
+    if len(times := facts["step_seconds"]) == 2:
+        lines.append(
+            f"\na step took {1e3 * times['checkpoint_in_flight']:,.0f} ms while a checkpoint was being written and "
+            f"{1e3 * times['otherwise']:,.0f} ms otherwise (medians)"
+        )
     if sample:
         lines += [
             "\na continuation, drawn by the model after the prompt's last line:",

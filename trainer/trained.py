@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tilewright.corpus import Corpus, HeldOutStream, open_corpus
+from tilewright.corpus import Corpus
 from tilewright.kernels import choose
 from tilewright.model import Transformer, generate
+from tilewright.trainer.averaging import averaged_state
 from tilewright.trainer.checkpoint import committed, load, training_state
+from tilewright.trainer.data import TrainingData, check_same_data, open_data
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
 from tilewright.trainer.parallel import world
 from tilewright.trainer.recipe import Recipe, recipe_from_run
 from tilewright.trainer.run_directory import RECIPE
-
-CORPUS = "corpus.json"
 
 
 @dataclass(frozen=True)
@@ -28,58 +26,69 @@ class Trained:
 
     model: Transformer
     recipe: Recipe
-    corpus: Corpus
+    data: TrainingData
     step: int
 
 
-def load_trained(run: Path, device: torch.device) -> Trained:
-    """Read a run directory.
+def load_trained(run: Path, device: torch.device, *, averaged: bool = False) -> Trained:
+    """Read a run directory; `averaged`: the model has the average of its weights, `optimizer.ema_decay`'s.
 
     Raises:
-        TrainingError: it is no run directory, or it holds no committed checkpoint, or that is damaged.
+        TrainingError: it is no run directory, or it holds no committed checkpoint, or that is damaged, or no average.
     """
     recipe = recipe_from_run(run / RECIPE)
+    if averaged and not recipe.optimizer.ema_decay:
+        raise TrainingError(f"{run} keeps no average of its weights: its recipe has optimizer.ema_decay 0")
     check_kernels(device, getattr(torch, recipe.compute_dtype))
     checkpoints = committed(run)
     if not checkpoints:
         raise TrainingError(f"{run} holds no committed checkpoint yet; let the run come to one, or stop it with Ctrl-C")
-    corpus = open_corpus(recipe.data.corpus)
-    check_vocabulary(recipe, corpus)
-    check_same_corpus(run, corpus)
+    data = open_data(recipe.data)
+    check_vocabulary(recipe, data)
+    check_same_data(run, data)
     with torch.device("meta"):
         model = Transformer(recipe.model)
     model.to_empty(device="cpu")
-    load(checkpoints[-1], training_state(model))
+    load(checkpoints[-1], averaged_state(dict(model.named_parameters())) if averaged else training_state(model))
     for parameter in model.parameters():
         # The parameters alone: the rotary tables stay float32.
         parameter.data = parameter.data.to(device, getattr(torch, recipe.compute_dtype))
     model.to(device)
     model.fill_rotary_tables()
-    return Trained(model.eval(), recipe, corpus, checkpoints[-1].step)
+    return Trained(model.eval(), recipe, data, checkpoints[-1].step)
 
 
-def evaluate_run(run: Path) -> tuple[int, dict[str, float]]:
-    """The step of a run's newest checkpoint and its score on all held-out text; see `evaluate`.
+def evaluate_run(run: Path, *, averaged: bool = False) -> tuple[int, dict[str, dict[str, float]]]:
+    """The step of a run's newest checkpoint and its scores on all held-out text; see `evaluate` and `load_trained`.
 
     Raises:
         TrainingError, CorpusError: the run, its checkpoint or its corpus is missing or damaged.
     """
     with world() as processes:
-        trained = load_trained(run, processes.device)
+        trained = load_trained(run, processes.device, averaged=averaged)
         result = evaluate(
             trained.model,
-            HeldOutStream(trained.corpus.heldout, sequence_length=trained.recipe.data.sequence_length),
+            trained.data.heldout_streams(sequence_length=trained.recipe.data.sequence_length),
             processes,
             windows=0,
             micro_batch=trained.recipe.batch.micro_batch,
-            byte_lengths=trained.corpus.tokenizer.byte_lengths,
+            byte_lengths=trained.data.tokenizer.byte_lengths,
             across_documents=trained.recipe.data.across_documents,
         )
     return trained.step, result
 
 
-def continue_prompt(run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """What a run's newest checkpoint makes of a prompt; the arguments are those of `generate`.
+def continue_prompt(
+    run: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    averaged: bool = False,
+) -> str:
+    """What a run's newest checkpoint makes of a prompt; the arguments are those of `generate` and `load_trained`.
 
     Raises:
         TrainingError, CorpusError: an argument does not fit, or the run is missing or damaged.
@@ -88,8 +97,9 @@ def continue_prompt(run: Path, prompt: str, *, max_new_tokens: int, temperature:
         prompt.encode()
     except UnicodeEncodeError:
         raise TrainingError("the prompt is not text: it holds bytes that are no UTF-8; give it in UTF-8") from None
-    trained = load_trained(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = trained.corpus.tokenizer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained(run, device, averaged=averaged)
+    tokenizer = trained.data.tokenizer
     try:
         tokens = generate(
             trained.model,
@@ -117,49 +127,16 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
         raise TrainingError(str(error)) from None
 
 
-def corpus_identity(corpus: Corpus) -> dict[str, object]:
-    """What tells one corpus from another: its tokenizer, and how much text and how many tokens each split holds."""
-    return {
-        "tokenizer": corpus.tokenizer.fingerprint,
-        **{
-            split.folder.name: hashlib.sha256((split.folder / "manifest.json").read_bytes()).hexdigest()
-            for split in (corpus.train, corpus.heldout)
-        },
-    }
-
-
-def is_same_corpus(run: Path, corpus: Corpus) -> bool:
-    """Whether a run was trained on `corpus`, as far as it recorded that."""
-    try:
-        return bool(json.loads((run / CORPUS).read_text(encoding="utf-8")) == corpus_identity(corpus))
-    except FileNotFoundError:
-        return True
-    except ValueError:
-        return False
-
-
-def check_same_corpus(run: Path, corpus: Corpus) -> None:
-    """Raise if a run was trained on another corpus than `corpus`.
-
-    Raises:
-        TrainingError: it was; the corpus folder has been built anew from other text or with other settings.
-    """
-    if not is_same_corpus(run, corpus):
-        raise TrainingError(
-            f"{run} was trained on another corpus than the one that is now in {corpus.train.folder.parent.parent}; "
-            "bring that one back, or start a new run in another run directory"
-        )
-
-
-def check_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
-    """Raise unless the model has a row for every token of the corpus.
+def check_vocabulary(recipe: Recipe, data: TrainingData | Corpus) -> None:
+    """Raise unless the model has a row for every token of the data.
 
     Raises:
         TrainingError: its vocabulary is too small.
     """
-    needed = corpus.tokenizer.vocab_size
+    needed = data.tokenizer.vocab_size
+    corpus = recipe.data.corpus or ", ".join(source.corpus for source in recipe.data.sources)
     if recipe.model.vocab_size < needed:
         raise TrainingError(
-            f"model.vocab_size is {recipe.model.vocab_size}, but the tokenizer of {recipe.data.corpus} has {needed} "
+            f"model.vocab_size is {recipe.model.vocab_size}, but the tokenizer of {corpus} has {needed} "
             f"tokens; set --model.vocab_size {needed}, or build a corpus with --vocab-size {recipe.model.vocab_size}"
         )

@@ -156,9 +156,13 @@ def _optimizer_replacement(optimizer: torch.optim.Optimizer) -> Replacement | Un
         before = [{name: group[name] for name in options} for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group.update(options)
+        # Unless fused, PyTorch's AdamW takes no word of an overflow from the device.
+        scales = optimizer._step_supports_amp_scaling
+        optimizer._step_supports_amp_scaling = scales and options.get("fused", True)
         try:
             yield
         finally:
+            optimizer._step_supports_amp_scaling = scales
             for group, kept in zip(optimizer.param_groups, before, strict=True):
                 group.update(kept)
 

@@ -353,3 +353,24 @@ def test_the_parts_of_a_corpus_can_be_opened_alone(build, output):
     build()
     tokenizer = Tokenizer.load(output / "tokenizer" / "tokenizer.json")
     assert Split(output / "shards" / "train").tokenizer_fingerprint == tokenizer.fingerprint
+
+
+def test_a_corpus_can_be_built_with_the_tokenizer_of_another(build, output, text_folder, tmp_path, words):
+    build()
+    tokenizer = output / "tokenizer" / "tokenizer.json"
+    for number in range(20):
+        (tmp_path / "new" / f"{number}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "new" / f"{number}.txt").write_text(words(500 + number, 80), encoding="utf-8")
+    other = tmp_path / "other"
+    build(source=tmp_path / "new", output=other, tokenizer=tokenizer)
+    assert open_corpus(other).tokenizer.fingerprint == open_corpus(output).tokenizer.fingerprint
+    again = build(source=tmp_path / "new", output=other, tokenizer=tokenizer)
+    assert again.count("up to date") == 3
+    assert "tokenizer:" in build(source=tmp_path / "new", output=other), "trained anew, for none was given"
+    assert open_corpus(other).tokenizer.fingerprint != open_corpus(output).tokenizer.fingerprint
+
+
+def test_a_given_tokenizer_that_is_missing_is_refused_before_anything_is_built(build, output, tmp_path):
+    with pytest.raises(CorpusError, match=r"Cannot read the tokenizer .*none\.json"):
+        build(tokenizer=tmp_path / "none.json")
+    assert not output.exists()

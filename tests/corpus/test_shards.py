@@ -1,9 +1,13 @@
 """Shards are datatrove's layout, bytes and all; a split reads them as one stream and refuses damage."""
 
+import itertools
 import json
+import os
 import struct
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tilewright.corpus import CorpusError, ShardWriter, Split, write_split_manifest
@@ -83,7 +87,7 @@ def test_every_stretch_of_hand_written_shards_is_read(write_shards, token_format
 
 
 def test_more_shards_than_stay_open_are_read_right(write_shards, monkeypatch):
-    monkeypatch.setattr("tilewright.corpus.shards._OPEN_SHARDS", 2)
+    monkeypatch.setattr("tilewright.corpus.split.OPEN_SHARDS", 2)
     split = Split(write_shards([[[number, 0]] for number in range(1, 9)]))
     for _ in range(2):
         assert split.read(0, 16).tolist() == [token for number in range(1, 9) for token in (number, 0)]
@@ -139,34 +143,119 @@ def test_a_folder_without_tokens_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cut", "message"),
+    ("file", "cut", "message"),
     [
-        (1, r"00001\.ds has 15 bytes, not a multiple of the 2 of a token; .* build it again"),
-        (2, r"00001\.ds holds 7 tokens but its index ends at 8; .* build both again"),
+        ("00001.ds", 1, r"00001\.ds has 15 bytes, not a multiple of the 2 of a token; .* build it again"),
+        ("00001.ds.index", 3, r"00001\.ds\.index has 13 bytes, not a multiple of 8 above 0"),
+        ("00001.ds.index", 16, r"00001\.ds\.index has 0 bytes, not a multiple of 8 above 0"),
     ],
 )
-def test_a_truncated_shard_is_refused(write_shards, cut, message):
-    folder = write_shards([DOCUMENTS[:2], DOCUMENTS[2:]])
-    path = folder / "00001.ds"
+def test_a_file_of_an_impossible_size_is_refused_at_once(write_shards, file, cut, message):
+    path = write_shards([DOCUMENTS[:2], DOCUMENTS[2:]]) / file
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(CorpusError, match=message):
-        Split(folder)
+        Split(path.parent)
 
 
 @pytest.mark.parametrize(
-    ("cut", "message"),
+    ("file", "cut", "message"),
     [
-        (3, r"00000\.ds\.index has 29 bytes, not a multiple of 8"),
-        (8, r"00000\.ds holds 14 tokens but its index ends at 12"),
-        (32, r"00000\.ds holds 14 tokens but its index ends at 0"),
+        ("00001.ds", 2, r"00001\.ds holds 7 tokens but its index ends at 8; .* build both again"),
+        ("00001.ds.index", 8, r"00001\.ds holds 8 tokens but its index ends at 6"),
     ],
 )
-def test_a_truncated_index_is_refused(write_shards, cut, message):
-    folder = write_shards([DOCUMENTS])
-    path = folder / "00000.ds.index"
+def test_a_shard_and_an_index_that_disagree_are_refused_when_they_are_first_used(write_shards, file, cut, message):
+    path = write_shards([DOCUMENTS[:2], DOCUMENTS[2:]]) / file
     path.write_bytes(path.read_bytes()[:-cut])
+    split = Split(path.parent)
+    split.document_boundaries(0, 6)
     with pytest.raises(CorpusError, match=message):
-        Split(folder)
+        split.document_boundaries(6, 1)
+
+
+def test_a_shard_cut_short_while_it_is_read_is_named(write_shards):
+    folder = write_shards([DOCUMENTS])
+    split = Split(folder)
+    split.read(0, 1)
+    (folder / "00000.ds").write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"00000\.ds was cut short since it was opened"):
+        split.read(0, 1)
+
+
+def test_documents_are_known_by_their_shard_and_their_number_in_it(write_shards):
+    split = Split(write_shards([DOCUMENTS[:2], DOCUMENTS[2:]]))
+    assert split.documents(4, 2) == [("00000.ds", 1)]
+    assert split.documents(5, 3) == [("00000.ds", 1), ("00001.ds", 0)]
+    assert split.documents(0, 14) == [("00000.ds", 0), ("00000.ds", 1), ("00001.ds", 0), ("00001.ds", 1)]
+
+
+def test_metadata_that_names_the_tokenizer_alone_leaves_the_token_size_to_the_index(write_shards):
+    folder = write_shards([DOCUMENTS], token_format="I")
+    (folder / "00000.ds.metadata").write_text("gpt2\n14\n14.0 T")
+    assert Split(folder).read(0, 14).tolist() == STREAM
+
+
+class Opened:
+    """Every file that is opened, and how many are open at once."""
+
+    def __init__(self, monkeypatch):
+        self.names = []
+        opened = Path.open
+
+        def recorded(path, *arguments, **options):
+            self.names.append(path.name)
+            return opened(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", recorded)
+
+    @staticmethod
+    def now(folder):
+        """Of the files of a folder that this process has a descriptor of."""
+        links = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if exists(number)]
+        return [link for link in links if link.startswith(str(folder))]
+
+
+def exists(descriptor):
+    return os.path.islink(f"/proc/self/fd/{descriptor}")
+
+
+def test_no_file_of_a_shard_is_opened_before_it_is_needed(write_shards, monkeypatch):
+    folder = write_shards([[[number, 0]] for number in range(1, 51)])
+    opened = Opened(monkeypatch)
+    split = Split(folder)
+    assert (split.token_count, split.document_count) == (100, 50)
+    assert [name for name in opened.names if not name.endswith((".metadata", ".json"))] == []
+    assert opened.names.count("00000.ds.metadata") == 1
+    opened.names.clear()
+    assert split.read(60, 2).tolist() == [31, 0]
+    assert opened.names == ["00030.ds"]
+    split.document_boundaries(60, 2)
+    split.read(60, 2)
+    assert opened.names == ["00030.ds", "00030.ds.index"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's list of open files")
+def test_the_files_open_at_once_are_bounded_however_many_shards_are_read(write_shards, monkeypatch):
+    monkeypatch.setattr("tilewright.corpus.split.OPEN_SHARDS", 4)
+    split = Split(write_shards([[[number, 0]] for number in range(1, 51)]))
+    for start in range(0, 100, 2):
+        split.read(start, 2)
+        split.document_boundaries(start, 2)
+    assert len(Opened.now(split.folder)) == 8
+
+
+def test_threads_share_a_split(write_shards, monkeypatch):
+    """Four threads read through a split that keeps fewer shards open than they use at once."""
+    monkeypatch.setattr("tilewright.corpus.split.OPEN_SHARDS", 1)
+    split = Split(write_shards([[[number, 0]] for number in range(1, 9)]))
+
+    def read(start):
+        return split.read(start, 4).tolist(), split.document_boundaries(start, 4).tolist()
+
+    starts = [start for _ in range(50) for start in range(0, 13, 2)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(read, starts))
+    assert together == [read(start) for start in starts]
 
 
 def test_a_missing_index_is_refused(write_shards):
@@ -214,12 +303,37 @@ def test_a_writer_that_fails_does_not_finish_its_shard(tmp_path):
     assert not (folder / "00000.ds.metadata").exists()
 
 
-def test_boundaries_are_searched_without_copying_the_index(write_shards, monkeypatch):
-    split = Split(write_shards([DOCUMENTS]))
-    keys = []
-    search = np.searchsorted
-    monkeypatch.setattr(np, "searchsorted", lambda a, v, side: keys.append((a, np.asarray(v))) or search(a, v, side))
-    split.document_boundaries(0, 14)
-    in_index = [(a, v) for a, v in keys if a.dtype == np.uint64]
-    assert in_index
-    assert all(v.dtype == a.dtype for a, v in in_index)
+@pytest.fixture(scope="module")
+def many_documents(tmp_path_factory):
+    """40,000 documents of 0, 1 and 5 tokens in one shard, and where they end."""
+    lengths = [0, 1, 5, 1] * 10_000
+    ends = list(itertools.accumulate(lengths))
+    path = tmp_path_factory.mktemp("many") / "00000.ds"
+    path.write_bytes(bytes(2 * ends[-1]))
+    path.with_name("00000.ds.index").write_bytes(struct.pack(f"<{len(ends)}Q", *ends))
+    path.with_name("00000.ds.metadata").write_text("by hand|2")
+    return path.parent, ends
+
+
+def test_boundaries_in_a_long_index_are_found_wherever_they_fall_in_its_blocks(many_documents):
+    folder, ends = many_documents
+    split, total, distinct = Split(folder), ends[-1], sorted(set(ends) - {0})
+    stretches = [(ends[number * 512 + shift], 9) for number in range(1, 70) for shift in (-2, -1, 0, 1)]
+    for start, length in [*stretches, (0, total), (0, 1), (total - 1, 1), (total // 2, 9000)]:
+        inside = distinct[bisect_right(distinct, start) : bisect_right(distinct, start + length)]
+        assert split.document_boundaries(start, length).tolist() == inside
+        first = bisect_right(ends, start)
+        assert split.documents(start, 1) == [("00000.ds", first)]
+
+
+def test_a_boundary_is_found_by_reading_a_few_entries_of_a_long_index(many_documents, monkeypatch):
+    split, preadv, read = Split(many_documents[0]), os.preadv, 0
+
+    def counted(descriptor, buffers, offset):
+        nonlocal read
+        read += sum(map(len, buffers))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    assert split.document_boundaries(40_001, 4).tolist() == [40_004, 40_005]
+    assert read <= 8 * (512 + 8), "of 40,000 entries"

@@ -10,7 +10,8 @@ import torch
 
 from tilewright.model import Transformer, initialise
 from tilewright.model.config import ModelConfig
-from tilewright.trainer.activations import keep_products_only
+from tilewright.trainer.activations import checkpoint_activations
+from tilewright.trainer.recipe import ActivationCheckpointing
 
 
 def kept_bytes_and_gradients(selective: bool) -> tuple[int, list[torch.Tensor]]:
@@ -19,8 +20,8 @@ def kept_bytes_and_gradients(selective: bool) -> tuple[int, list[torch.Tensor]]:
     model = Transformer(ModelConfig(vocab_size=64, max_sequence_length=32, **sizes))
     initialise(model, seed=0)
     (block,) = model.blocks
-    if selective:
-        keep_products_only(block)
+    recipe = ActivationCheckpointing(mode="selective" if selective else "none")
+    checkpoint_activations([block], recipe, compiled=True, device_type="cpu")
     block.compile(fullgraph=True)
     kept: dict[int, int] = {}
 

@@ -35,6 +35,11 @@ class Screen:
             "tokens_per_second": 7210.4,
             "mfu": 0.4123,
             "peak_memory_bytes": 1_120_000_000,
+            "data_wait": 0.01,
+            "checkpoint_in_flight": False,
+            "grad_norms": {"embedding": 0.6, "blocks.0": 0.8},
+            "seconds": {"forward": 0.25, "backward": 0.5},
+            "skipped": False,
         }
         self.display.step(**{**fields, **changes})
 

@@ -20,6 +20,11 @@ def line(step, **changes):
         "tokens_per_second": 7000.0,
         "mfu": 0.4,
         "peak_memory_bytes": 10**9,
+        "data_wait": 0.01,
+        "checkpoint_in_flight": False,
+        "grad_norms": {"embedding": 0.6, "blocks.0": 0.8},
+        "seconds": {"forward": 0.25, "backward": 0.5},
+        "skipped": False,
         **changes,
     }
 
@@ -174,7 +179,9 @@ def test_tensorboard_shows_every_figure_and_each_step_once_after_resuming(record
     record(range(1, 5), evaluated=[2, 4])
     record(range(3, 6), resume=2, evaluated=[4], bits=1.5)
     shown = events(tmp_path / "tensorboard")
-    assert set(shown) == {f"train/{name}" for name in line(1) if name != "step"} | {
+    plain = {name for name, value in line(1).items() if name != "step" and not isinstance(value, dict)}
+    parts = {"grad_norms/embedding", "grad_norms/blocks.0", "seconds/forward", "seconds/backward"}
+    assert set(shown) == {f"train/{name}" for name in plain | parts} | {
         f"eval/heldout/{name}" for name in result()["heldout"]
     }
     assert shown["train/loss"] == [(step, 4.0 - step / 100) for step in (1, 2, 3, 4, 5)]

@@ -48,7 +48,7 @@ def test_overrides_in_both_spellings_change_any_key(tiny_recipe: Write) -> None:
         (["--batch", "3"], "batch in .* is 3; it must be a section"),
         (["--steps", "many"], "steps.*Expected a <class 'int'>. Got value: many"),
         (["--steps", "0"], "steps is 0; it must be 1 or more"),
-        (["--schedule.kind", "linear"], "schedule.kind"),
+        (["--schedule.kind", "square"], "schedule.kind"),
         (["--model.heads", "3", "--model.kv_heads", "2"], r"model.heads is 3, which model.kv_heads \(2\)"),
         (["--model.preset", "lama"], "model.preset is 'lama'; there are"),
         (["--data.sequence_length", "64"], "data.sequence_length is 64, more than the 32 positions"),

@@ -4,8 +4,10 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ import torch
 from rich.console import Console
 
 from tilewright.corpus import build_corpus
-from tilewright.trainer import TrainingError, loop
-from tilewright.trainer.checkpoint import committed
+from tilewright.trainer import TrainingError, checkpoint_writer, loop
+from tilewright.trainer.checkpoint import CheckpointWriter, committed
 from tilewright.trainer.interruption import Interruption
 from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.metrics import read_metrics
+from tilewright.trainer.metrics import TrainingLine, read_metrics
 from tilewright.trainer.recipe import load_recipe, recipe_from_run
 from tilewright.trainer.trained import load_trained
 
@@ -43,8 +45,8 @@ def test_a_run_leaves_its_whole_record(tiny_recipe: Write, tiny_corpus: Path) ->
         "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json", "report.html",
     }  # fmt: skip
     steps, evaluations = lines(outcome.run)
-    keys = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_bytes"]
-    assert all(list(line) == keys for line in steps)
+    assert all(list(line) == list(TrainingLine.__annotations__) for line in steps)
+    assert all(0 <= line["data_wait"] < 1 for line in steps)
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert [line["tokens"] for line in steps] == [8 * 32 * step for step in range(1, 7)]
     assert [line["lr"] for line in steps][:2] == pytest.approx([5e-3, 1e-2])
@@ -138,6 +140,29 @@ def test_ctrl_c_ends_the_step_writes_a_checkpoint_and_the_same_command_goes_on(
     assert losses(finished.run) == losses(whole.run)
 
 
+def test_steps_that_begin_while_a_checkpoint_is_written_are_marked_and_the_end_says_what_they_took(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a checkpoint is written when somebody waits for it: that of step 2 when that of step 4 comes."""
+    waited_for, write, wait = threading.Event(), checkpoint_writer.dcp_save, CheckpointWriter.wait
+    monkeypatch.setattr(
+        checkpoint_writer,
+        "dcp_save",
+        lambda *args, **options: (waited_for.wait(10) and waited_for.clear()) or write(*args, **options),
+    )
+    monkeypatch.setattr(
+        CheckpointWriter, "wait", lambda writer: (writer.in_flight and waited_for.set()) or wait(writer)
+    )
+    outcome, output = run(tiny_recipe(checkpoints__every=2), "--steps", "4")
+    steps, _ = lines(outcome.run)
+    assert [line["checkpoint_in_flight"] for line in steps] == [False, False, True, True]
+    told = json.loads((outcome.run / "summary.json").read_text())["step_seconds"]
+    seconds = [8 * 32 / line["tokens_per_second"] for line in steps]
+    assert told["checkpoint_in_flight"] == pytest.approx(sum(seconds[2:]) / 2)
+    assert told["otherwise"] == pytest.approx(sum(seconds[:2]) / 2)
+    assert re.search(r"a step took [\d,]+ ms while a checkpoint was being written and [\d,]+ ms otherwise", output)
+
+
 def test_a_finished_run_is_left_alone_and_the_next_gets_a_directory_of_its_own(tiny_recipe: Write) -> None:
     recipe = tiny_recipe()
     first, _ = run(recipe)
@@ -156,8 +181,8 @@ def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
     monkeypatch.undo()
     outcome, _ = run(recipe, "--optimizer.learning_rate", "2e-2")
     assert outcome.run.name == "tiny-002"
-    with pytest.raises(TrainingError, match=r"tiny-001 holds a run of another recipe \(optimizer.learning_rate differ"):
-        run(recipe, "--optimizer.learning_rate", "2e-2", "--run_directory", str(recipe.parent / "runs" / "tiny-001"))
+    with pytest.raises(TrainingError, match=r"tiny-001 holds a run of another recipe \(seed differ"):
+        run(recipe, "--seed", "2", "--run_directory", str(recipe.parent / "runs" / "tiny-001"))
 
 
 def test_a_directory_that_another_command_trains_in_is_refused(

@@ -1,0 +1,103 @@
+"""Runs that are gone on with by another learning rate or for more steps, and whole runs of the other optimizers."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tilewright.trainer import TrainingError, loop
+from tilewright.trainer.loop import Outcome, train
+from tilewright.trainer.metrics import read_metrics
+from tilewright.trainer.recipe import load_recipe
+from tilewright.trainer.trained import evaluate_run
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _without_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "write_report", lambda run: run)
+    monkeypatch.setattr(loop, "measured_matmul_peak", lambda *arguments: 1e12)
+
+
+def run(recipe: Path, *overrides: str) -> Outcome:
+    return train(load_recipe(str(recipe), overrides), Console(file=io.StringIO()))
+
+
+def recorded(run_directory: Path, key: str) -> list[float]:
+    return [line[key] for line in read_metrics(run_directory / "metrics.jsonl")[0]]
+
+
+def kill_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs die in their step `number`, as if killed there: nothing is saved on the way out."""
+    step, calls = loop.train_step, 0
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(loop, "train_step", killed)
+
+
+def killed_run(recipe: Path, step: int, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    with monkeypatch.context() as patch:
+        kill_in_step(step, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, *overrides)
+
+
+def test_a_run_that_is_named_goes_on_with_the_learning_rate_that_is_stated_now(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(schedule__kind="constant", schedule__warmup_steps=0)
+    name = ("--run_directory", str(recipe.parent / "named"))
+    killed_run(recipe, 5, monkeypatch, *name)
+    outcome = run(recipe, *name, "--optimizer.learning_rate", "3e-3", "--optimizer.weight_decay", "0")
+    assert recorded(outcome.run, "lr") == pytest.approx([1e-2] * 4 + [3e-3] * 2)
+
+
+def test_a_finished_run_goes_on_for_more_steps_with_a_restart(tiny_recipe: Write) -> None:
+    recipe = tiny_recipe(schedule__kind="linear", schedule__final_fraction=0.0)
+    name = ("--run_directory", str(recipe.parent / "named"))
+    run(recipe, *name)
+    outcome = run(recipe, *name, "--steps", "10", "--schedule.restarts", "[6]")
+    expected = [0.5, 1, 0.75, 0.5, 0.25, 0, 0.5, 1, 0.5, 0]
+    assert recorded(outcome.run, "lr") == pytest.approx([1e-2 * factor for factor in expected])
+    assert (outcome.status, outcome.step) == ("finished", 10)
+    with pytest.raises(TrainingError, match=r"steps is 8, and .*named has come to step 10 already; raise steps"):
+        run(recipe, *name, "--steps", "8")
+
+
+@pytest.mark.parametrize("optimizer", [{"kind": "muon"}, {"implementation": "tilewright"}])
+def test_a_killed_run_of_any_optimizer_with_averaged_weights_goes_on_to_the_bit(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, str]
+) -> None:
+    changes = {f"optimizer__{key}": value for key, value in optimizer.items()}
+    groups = [{"match": "mlp", "learning_rate_factor": 0.5}]
+    recipe = tiny_recipe(optimizer__ema_decay=0.6, optimizer__groups=groups, **changes)
+    whole = run(recipe, "--run_directory", str(recipe.parent / "whole"))
+    killed_run(recipe, 6, monkeypatch)
+    resumed = run(recipe)
+    for key in ("loss", "grad_norm"):
+        assert recorded(resumed.run, key) == recorded(whole.run, key)
+    last = [read_metrics(outcome.run / "metrics.jsonl")[1][-1]["eval"] for outcome in (whole, resumed)]
+    assert last[0] == last[1]
+    losses = {name: last[0][name]["loss"] for name in ("heldout", "heldout_averaged")}
+    assert 0 < abs(losses["heldout"] - losses["heldout_averaged"]) < 1
+    summary = json.loads((whole.run / "summary.json").read_text())
+    assert summary["heldout_averaged"] == last[0]["heldout_averaged"]
+    for averaged, name in ((False, "heldout"), (True, "heldout_averaged")):
+        assert evaluate_run(whole.run, averaged=averaged)[1]["heldout"]["loss"] == pytest.approx(losses[name], rel=1e-5)
+
+
+def test_averaged_weights_that_were_not_kept_are_refused(tiny_recipe: Write) -> None:
+    outcome = run(tiny_recipe(steps=1, schedule__warmup_steps=0, sample__prompt=""))
+    with pytest.raises(TrainingError, match=r"keeps no average of its weights: its recipe has optimizer.ema_decay 0"):
+        evaluate_run(outcome.run, averaged=True)

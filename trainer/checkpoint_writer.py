@@ -1,0 +1,266 @@
+"""Writing checkpoints while training goes on: a copy on the host, a thread that writes it, the marker last.
+
+    writer.save(state, step)    main thread: wait for the save before, copy the tensors, go on
+                                background, on every process: directory → own file → its fingerprint
+                                then the first process alone: marker → drop what is superseded
+
+The threads of the processes meet in a process group of their own: collectives of one group must come in the same order
+everywhere, and nobody knows between which of the training's these fall.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from tilewright.trainer.checkpoint_files import (
+    MARKER,
+    METADATA,
+    Committed,
+    Fingerprint,
+    checkpoint_directory,
+    commit,
+    committed,
+    discard,
+    recorded_loss,
+    uncommitted,
+)
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.parallel import World
+from tilewright.trainer.recipe import Checkpoints
+
+_T = TypeVar("_T")
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time; every process of the run makes one, and calls it alike.
+
+    Asynchronous saves hold a copy of what they save in host memory until it is written: with float32 weights and AdamW
+    12 bytes × parameters ÷ the processes that the parameters are sharded over, for each process of a machine.
+
+    As a context manager it lets no save go unfinished, however the ``with`` block ends.
+
+    Args:
+        run: the run directory.
+        world: its processes.
+        options: what is kept, and whether training goes on meanwhile.
+    """
+
+    def __init__(self, run: Path, world: World, options: Checkpoints) -> None:
+        self._run, self._world, self._options = run, world, options
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_use_device, initargs=(world.device,))
+        self._save: Future[None] | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._save is not None and not self._save.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save ended in an error, which `wait` raises; all processes end in it, not all at once."""
+        return self._save is not None and self._save.done() and self._save.exception() is not None
+
+    def save(self, state: dict[str, torch.Tensor], step: int, *, heldout_loss: float | None = None) -> None:
+        """Take a checkpoint of `state` as it is now; with asynchronous saves it is committed some time later.
+
+        Args:
+            state: as `training_state` gives it; may be changed as soon as this returns.
+            heldout_loss: of this step's evaluation, in nats a token, where there was one.
+
+        Raises:
+            TrainingError: there is no room, or the disk fails, for this checkpoint or the one before; what was
+                committed is untouched.
+        """
+        self.wait()
+        if self._options.asynchronous:
+            self._save = self._thread.submit(self._write, staged(state), step, heldout_loss)
+        else:
+            self._write(state, step, heldout_loss)
+
+    def wait(self) -> None:
+        """Return when no save is in flight any more.
+
+        Raises:
+            TrainingError: the one that was has failed; see `save`.
+        """
+        save, self._save = self._save, None
+        if save is not None:
+            save.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except (TrainingError, RuntimeError):
+            if kind is None:  # else what ended the block is told, not what came of it
+                raise
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, state: dict[str, torch.Tensor], step: int, loss: float | None) -> None:
+        checkpoint = Committed(checkpoint_directory(self._run, step), step)
+        try:
+            self._together(lambda: self._make_room(checkpoint))
+            dcp_save(state, storage_writer=_Writer(checkpoint.path), process_group=self._group)
+            written = self._together(lambda: self._fingerprints(checkpoint))
+            files = {name: fingerprint for part in written for name, fingerprint in part.items()}
+            self._together(lambda: self._commit(checkpoint, files, loss))
+        except (OSError, CheckpointException) as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise TrainingError(self._what_failed(checkpoint, cause)) from None
+
+    def _make_room(self, checkpoint: Committed) -> None:
+        if self._world.first:
+            discard(checkpoint.path)  # of a run that was killed before it committed, or went back
+            checkpoint.path.mkdir(parents=True)
+
+    def _fingerprints(self, checkpoint: Committed) -> dict[str, Fingerprint]:
+        """Those of the files that this process wrote, read back, so that they describe what the disk holds."""
+        mine = [*checkpoint.path.glob(f"__{self._world.rank}_*.distcp")]
+        if self._world.first:
+            mine.append(checkpoint.path / METADATA)
+        return {file.name: Fingerprint.of(file) for file in mine}
+
+    def _commit(self, checkpoint: Committed, files: dict[str, Fingerprint], loss: float | None) -> None:
+        if self._world.first:
+            commit(checkpoint, files, loss)
+            old = [other.path for other in superseded(committed(self._run), self._options)]
+            for path in [*old, *uncommitted(self._run)]:
+                with contextlib.suppress(OSError):
+                    discard(path)
+
+    def _what_failed(self, checkpoint: Committed, cause: OSError) -> str:
+        """One sentence for what a full or failing disk raised; what was half written is removed."""
+        if self._world.first and not (checkpoint.path / MARKER).is_file():
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+        kept = [other for other in committed(self._run) if other != checkpoint]
+        rest = f"the checkpoint of step {kept[-1].step} is untouched" if kept else "no earlier one was written"
+        what = "no space is left on the disk" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else str(cause)
+        return (
+            f"the checkpoint of step {checkpoint.step} could not be written to {checkpoint.path.parent}: {what}; "
+            f"{rest}: make room and give the same command again"
+        )
+
+    def _together(self, work: Callable[[], _T]) -> list[_T]:
+        """What `work` gives on each process, in the order of ranks; its OSError on any of them is raised on all."""
+        outcome: tuple[_T | None, OSError | None]
+        try:
+            outcome = (work(), None)
+        except OSError as error:
+            outcome = (None, error)
+        outcomes = [outcome] * self._world.size
+        dist.all_gather_object(outcomes, outcome, group=self._group)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def staged(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of the tensors in host memory, sharded as they are, complete when this returns."""
+    on_gpu = torch.cuda.is_available()
+    # A copy that the GPU need not be waited for lands in pinned memory, several times as fast, and is waited for once.
+    copies = {name: tensor.detach().to("cpu", copy=True, non_blocking=on_gpu) for name, tensor in state.items()}
+    if on_gpu:
+        torch.cuda.synchronize()
+    return copies
+
+
+def _use_device(device: torch.device) -> None:
+    """Have this thread use the GPU of its process, for a new one uses the first of the machine."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def superseded(checkpoints: Sequence[Committed], options: Checkpoints) -> list[Committed]:
+    """Those of a run's checkpoints, oldest first, that are neither among the newest, nor an n-th, nor the best."""
+    kept = {checkpoint.step for checkpoint in checkpoints[-options.keep :]}
+    if options.keep_every:
+        kept |= {checkpoint.step for checkpoint in checkpoints if checkpoint.step % options.keep_every == 0}
+    if options.keep_best:
+        scored = [(loss, other.step) for other in checkpoints if (loss := recorded_loss(other)) is not None]
+        kept |= {min(scored)[1]} if scored else set()
+    return [checkpoint for checkpoint in checkpoints if checkpoint.step not in kept]
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer of synced files, which says so when the disk was full."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync_files=True)
+        self.fs = _Files()
+
+
+class _Files(FileSystem):
+    """DCP's file system, but for what a failed write raises.
+
+    `torch.save` loses the OSError of a stream that it writes to and raises a RuntimeError about positions in its place.
+    """
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """A file, opened in `mode`; within the block its own OSError goes before what came of it.
+
+        Raises:
+            OSError: see `open`, and for what is written in the block.
+        """
+        with super().create_stream(path, mode) as stream:
+            file = _RememberingFile(stream)
+            try:
+                yield cast(io.IOBase, file)
+            except RuntimeError:
+                if file.error is not None:
+                    raise file.error from None
+                raise
+
+
+class _RememberingFile:
+    """A file that is written to, and the error of a write."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return int(self._file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """The OSError behind what DCP raised, if that is what it was."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, CheckpointException):
+        for inner, _ in error.failures.values():
+            found = _disk_error(inner)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,20 @@
+"""What a process holds of a model between steps, by kind: its shards of parameters, gradients and optimizer state."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of this process's ``parameters``, ``gradients`` (as a step makes them, of the parameters' dtype) and
+    ``optimizer`` state."""
+    parameters = sum(_local_bytes(p) for p in model.parameters())
+    state = sum(_local_bytes(x) for kept in optimizer.state.values() for x in kept.values() if torch.is_tensor(x))
+    return {"parameters": parameters, "gradients": parameters, "optimizer": state}
+
+
+def _local_bytes(x: torch.Tensor) -> int:
+    mine = x.to_local() if isinstance(x, DTensor) else x
+    return mine.numel() * mine.element_size()

@@ -1,0 +1,178 @@
+"""One step of a run again, in one process, with a look at what it is made of: ``tilewright replay RUN --step N``.
+
+The newest checkpoint before the step is loaded and the steps from there on are taken again, so the step meets the
+weights and samples that it met in the run, whatever the number of processes then. The run directory is only read.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tilewright.model import Transformer
+from tilewright.trainer import checkpoint
+from tilewright.trainer.data import check_same_data, open_data, samples_of
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.loss_scale import LossScale
+from tilewright.trainer.metrics import METRICS, read_metrics
+from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
+from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.recipe import Parallel, Recipe, recipe_from_run
+from tilewright.trainer.run_directory import RECIPE
+from tilewright.trainer.schedule import learning_rate_factor
+from tilewright.trainer.step import MicroBatch, StepResult, train_step
+from tilewright.trainer.trained import check_kernels, check_vocabulary
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step taken again.
+
+    Attributes:
+        step: counted from 1.
+        recorded: its line in `metrics.jsonl`.
+        result: what came of it now.
+        micro_batches: the global samples of each and its mean loss, nats a token.
+        not_finite: parameters whose gradient is not.
+    """
+
+    step: int
+    recorded: dict[str, object]
+    result: StepResult
+    micro_batches: list[tuple[range, float]]
+    not_finite: list[str]
+
+
+def replay(run: Path, step: int, say: Callable[[str], None]) -> Replayed:
+    """Take step `step` of `run` again.
+
+    Args:
+        say: told of progress, a line at a time.
+
+    Raises:
+        TrainingError, CorpusError: the run has not taken that step, or it, its data or its checkpoint is damaged.
+    """
+    recipe = recipe_from_run(run / RECIPE)
+    lines = {line["step"]: line for line in read_metrics(run / METRICS)[0]}
+    if step not in lines:
+        known = f"{min(lines)} to {max(lines)}" if lines else "none"
+        raise TrainingError(f"{run} has recorded no step {step}; its steps are {known}: name one of them with --step")
+    with world() as process:
+        if process.size > 1:
+            raise TrainingError(f"replay runs in one process, and there are {process.size}; start it without torchrun")
+        check_kernels(process.device, getattr(torch, recipe.compute_dtype))
+        replaying = _Replaying(recipe, run, process, skipped={n for n, line in lines.items() if line.get("skipped")})
+        for earlier in range(replaying.start(step), step):
+            say(f"step {earlier} again, on the way to {step}")
+            replaying.take(earlier, replaying.optimizer)
+        look = _Look(replaying.model)
+        result, micro_batches = replaying.take(step, look)
+        return Replayed(step, lines[step], result, micro_batches, look.not_finite)
+
+
+class _Replaying:
+    """A run put together again in one process."""
+
+    def __init__(self, recipe: Recipe, run: Path, process: World, *, skipped: set[int]) -> None:
+        self.recipe, self.run, self.process, self.skipped = recipe, run, process, skipped
+        data = open_data(recipe.data)
+        check_vocabulary(recipe, data)
+        check_same_data(run, data)
+        self.stream = data.train_stream(sequence_length=recipe.data.sequence_length, seed=recipe.seed)
+        self.model = sharded_model(
+            recipe.model,
+            process,
+            compute_dtype=getattr(torch, recipe.compute_dtype),
+            compile=recipe.compile,
+            seed=recipe.seed,
+            parallel=Parallel(),
+            activation_checkpointing=recipe.activation_checkpointing,
+        )
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.loss_scale = LossScale(process.device) if recipe.compute_dtype == "float16" else None
+
+    def start(self, step: int) -> int:
+        """Load the newest checkpoint before `step`; returns the step that comes after it."""
+        before = [kept for kept in checkpoint.committed(self.run) if kept.step < step]
+        if not before:
+            return 1  # the initial values, which the model has
+        state = checkpoint.training_state(self.model, self.optimizer)
+        checkpoint.load(before[-1], state | (self.loss_scale.state() if self.loss_scale else {}))
+        return before[-1].step + 1
+
+    def take(self, step: int, optimizer: torch.optim.Optimizer | _Look) -> tuple[StepResult, list[tuple[range, float]]]:
+        """One step with `optimizer`; its result, and the samples and mean loss of each micro-batch."""
+        recipe, size = self.recipe, self.recipe.batch.sequences
+        factor = learning_rate_factor(recipe.schedule, step - 1, recipe.steps)
+        set_learning_rate(self.optimizer, recipe.optimizer.learning_rate * factor)
+        first = (step - 1) * size
+        samples = list(samples_of(first, size, rank=0, processes=1, micro_batch=recipe.batch.micro_batch))
+        across = recipe.data.across_documents
+        micros = [
+            MicroBatch.of(self.stream.batch(part), self.process.device, across_documents=across) for part in samples
+        ]
+        result = train_step(
+            self.model,
+            typing.cast(torch.optim.Optimizer, optimizer),
+            micros,
+            self.process,
+            max_grad_norm=0.0 if isinstance(optimizer, _Look) else recipe.optimizer.max_grad_norm,
+            loss_scale=self.loss_scale,
+            # What the run skipped is skipped again, for whatever reason it was.
+            loss_limit=-math.inf if step in self.skipped else math.inf,
+        )
+        losses = [
+            float(loss) / max(micro.valid_tokens(), 1) for loss, micro in zip(result.micro_losses, micros, strict=True)
+        ]
+        return result, list(zip(samples, losses, strict=True))
+
+
+class _Look:
+    """In an optimizer's place: looks at the gradients and changes nothing."""
+
+    _step_supports_amp_scaling = True  # or a step that is to be skipped would not come here
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self.param_groups = [{"params": list(model.parameters())}]
+        self.not_finite: list[str] = []
+
+    def step(self) -> None:
+        """Find what is not finite."""
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is None:
+                continue
+            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            if not grad.isfinite().all():
+                self.not_finite.append(name)
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """As an optimizer does."""
+        self._model.zero_grad(set_to_none=set_to_none)
+
+
+def replayed_text(replayed: Replayed) -> str:
+    """The step for the terminal."""
+    recorded, result = replayed.recorded, replayed.result
+    lines = [
+        f"step {replayed.step}   now: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}   "
+        f"recorded: loss {_number(recorded.get('loss'))}, gradient norm {_number(recorded.get('grad_norm'))}",
+        "",
+        "samples                        loss, nats a token",
+    ]
+    lines += [f"  {part.start:>12,} to {part.stop - 1:>12,}  {loss:.6g}" for part, loss in replayed.micro_batches]
+    lines += ["", "gradient norm, before clipping"]
+    lines += [f"  {place:<24} {norm:.6g}" for place, norm in result.grad_norms.items()]
+    if replayed.not_finite:
+        lines += ["", "not finite: " + ", ".join(replayed.not_finite)]
+    return "\n".join(lines)
+
+
+def _number(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, int | float) else "not finite"
