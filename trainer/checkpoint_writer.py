@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -62,7 +63,7 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, world: World, options: Checkpoints) -> None:
         self._run, self._world, self._options = run, world, options
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_use_device, initargs=(world.device,))
         self._save: Future[None] | None = None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from tilewright.trainer.live_memory import LiveBytes
 from tilewright.trainer.optimizer import build_optimizer
 from tilewright.trainer.parallel import World, check_batch, sharded_model
 from tilewright.trainer.recipe import Recipe
-from tilewright.trainer.traffic import Traffic, step_traffic
+from tilewright.trainer.traffic import Traffic, Volume, step_traffic
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         memory: bytes of the process that holds most, by kind; not all kinds are at their most at the same time.
         capacity: bytes that its GPU has.
-        traffic: collectives of a step.
+        traffic: collectives of a step, with the one that asks whether to stop.
         notes: what is not in them.
     """
 
@@ -105,6 +105,8 @@ def plan(recipe: Recipe, as_if: str) -> Plan:
     traffic = step_traffic(
         recipe.model, recipe.parallel, world_size=world_size, micro_batches=micro_batches, compute_dtype=dtype
     )
+    asking = Volume(traffic.all_reduce.count + 1, traffic.all_reduce.bytes + 2 * torch.float64.itemsize)
+    traffic = replace(traffic, all_reduce=asking)
     notes = ("Muon's all-to-alls come on top: see tilewright.trainer.muon",) if recipe.optimizer.kind == "muon" else ()
     return Plan(world_size, name, micro_batches, memory, GPUS[name].memory, traffic, notes)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -19,13 +19,17 @@ _armed: tuple[float, TextIO] | None = None
 def hang_watch(run: Path, rank: int, minutes: float) -> Iterator[None]:
     """Within the ``with`` block, end the process where `alive` is not called for `minutes` (0: never).
 
-    The stacks of all its threads go to ``hang-rank-N.txt`` in the run directory, and the exit status is 1.
+    The stacks of all its threads go to ``hang-rank-N.txt`` in the run directory, and the exit status is 1. What an
+    earlier process of the run left there is kept beside it, with the time at which it hung in its name.
     """
     global _armed
     if not minutes:
         yield
         return
     path = run / f"hang-rank-{rank}.txt"
+    with suppress(FileNotFoundError):
+        if (left := path.stat()).st_size:
+            path.rename(path.with_stem(f"{path.stem}-{left.st_mtime:.0f}"))
     with path.open("w", encoding="utf-8") as file:
         _armed = (60 * minutes, file)
         try:
@@ -34,7 +38,20 @@ def hang_watch(run: Path, rank: int, minutes: float) -> Iterator[None]:
         finally:
             faulthandler.cancel_dump_traceback_later()
             _armed = None
-    path.unlink(missing_ok=True)  # nothing has hung
+            path.unlink(missing_ok=True)  # nothing has hung
+
+
+@contextmanager
+def not_watched() -> Iterator[None]:
+    """Within the ``with`` block, which may take as long as it takes, no watch is on."""
+    global _armed
+    armed, _armed = _armed, None
+    faulthandler.cancel_dump_traceback_later()
+    try:
+        yield
+    finally:
+        _armed = armed
+        alive()
 
 
 def alive() -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
-from tilewright.corpus import Batch, MixtureStream, Prefetch, TrainStream
+from tilewright.corpus import Batch, CorpusError, MixtureStream, Prefetch, TrainStream
 from tilewright.trainer import checkpoint
 from tilewright.trainer.averaging import WeightAverage
 from tilewright.trainer.data import (
@@ -32,7 +32,7 @@ from tilewright.trainer.early_stopping import no_longer_improves
 from tilewright.trainer.environment import environment
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
-from tilewright.trainer.hang import alive, hang_watch
+from tilewright.trainer.hang import alive, hang_watch, not_watched
 from tilewright.trainer.health import LossWatch, save_incident
 from tilewright.trainer.held_memory import held_bytes
 from tilewright.trainer.interruption import Interruption
@@ -44,7 +44,7 @@ from tilewright.trainer.peak import measured_matmul_peak, peak_memory_bytes
 from tilewright.trainer.quantities import gigabytes
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.report import write_report
-from tilewright.trainer.run_directory import choose_run_directory, locked, save_recipe, write_atomically
+from tilewright.trainer.run_directory import SUMMARY, choose_run_directory, locked, save_recipe, write_atomically
 from tilewright.trainer.schedule import learning_rate_factor
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 from tilewright.trainer.summary import (
@@ -97,6 +97,8 @@ def _open_run(recipe: Recipe, data: TrainingData, stack: ExitStack) -> Path:
                 f"steps is {recipe.steps}, and {run} has come to step {done.step} already; raise steps, or name "
                 "another --run_directory"
             )
+        if done.step < recipe.steps:
+            (run / SUMMARY).unlink(missing_ok=True)  # of a run that had finished and now has more steps to go
     save_recipe(run, recipe)
     write_atomically(run / CORPUS, json.dumps(data.identity(), indent=1))
     return run
@@ -167,12 +169,14 @@ class _Training:
             if _due(self.step, self.recipe.evaluation.every) and not last:
                 self._evaluate(self.recipe.evaluation.windows)
                 self.stops_early = self._no_longer_improves()
-            # Not while steps are skipped: good checkpoints would make room for bad ones.
-            if _due(self.step, self.recipe.checkpoints.every) and not last and not self.skipped:
+            # Where steps are skipped, after the next good one: good checkpoints would make room for bad ones.
+            every = self.recipe.checkpoints.every
+            if every and self.step // every > self.saved_step // every and not last and not self.skipped:
                 self._checkpoint()
         if self.saved_step < self.step:
             self._checkpoint()
         self.writer.wait()
+        alive()
         return self._finish() if self.step == self.recipe.steps or self.stops_early else self._leave()
 
     def _one_step(self) -> None:
@@ -239,20 +243,26 @@ class _Training:
             )
             return
         self.skipped += 1
-        samples = list(self._samples(self.step - 1))
-        folder = save_incident(
-            self.run, self.step, self.processes.rank, result, micro_batches, samples, self.stream.documents
-        )
+        kept = self._keep(result, micro_batches)
         cause = f"the gradient's norm is {result.grad_norm}"
         if math.isfinite(result.grad_norm):
             cause = f"the loss is {result.loss:.4g}, a spike above {limit:.4g}"
-        self.display.message(f"step {self.step} skipped: {cause}; what it worked on is in {folder}")
+        self.display.message(f"step {self.step} skipped: {cause}; {kept}")
         if self.skipped >= self.recipe.health.bad_steps:
             raise TrainingError(
                 f"training diverged: {cause}; {self.skipped} steps in a row were skipped (health.bad_steps); the "
                 "checkpoints are untouched; start another run with a lower optimizer.learning_rate or a longer "
                 "schedule.warmup_steps"
             )
+
+    def _keep(self, result: StepResult, micro_batches: list[MicroBatch]) -> str:
+        """Keep what a skipped step worked on; says where, or why it could not be, which is nothing to end a run for."""
+        samples, rank = list(self._samples(self.step - 1)), self.processes.rank
+        try:
+            folder = save_incident(self.run, self.step, rank, result, micro_batches, samples, self.stream.documents)
+        except (OSError, RuntimeError, CorpusError) as error:  # a disk that fills ends torch.save in a RuntimeError
+            return f"what it worked on could not be kept: {error}"
+        return f"what it worked on is in {folder}"
 
     def _recent(self) -> tuple[list[float], int]:
         """The losses of the steps that were taken last before this one, and how many were skipped since."""
@@ -263,7 +273,14 @@ class _Training:
         losses = [
             line["loss"] for line, bad in zip(lines, skipped, strict=True) if not bad and line["loss"] is not None
         ]
-        trailing = len(list(itertools.takewhile(bool, reversed(skipped))))
+        # A float16 gradient that overflowed under a finite loss was the scale's doing.
+        scaled = self.loss_scale is not None
+        bad = [
+            line
+            for line, without_step in zip(lines, skipped, strict=True)
+            if not (without_step and scaled and line["grad_norm"] is None and line["loss"] is not None)
+        ]
+        trailing = len(list(itertools.takewhile(lambda line: bool(line.get("skipped")), reversed(bad))))
         window = losses[-self.recipe.health.spike_window :]
         return cast(tuple[list[float], int], self.processes.share((window, trailing)))
 
@@ -332,7 +349,9 @@ class _Training:
         started = time.perf_counter()
         state = self._state()
         loss = self.evaluated[1] if self.evaluated and self.evaluated[0] == self.step else None
+        alive()
         self.writer.save(state, self.step, heldout_loss=loss)
+        alive()
         self.saved_step = self.step
         self.checkpoint_seconds = {"checkpoint": time.perf_counter() - started}
 
@@ -382,7 +401,8 @@ class _Training:
             self.display.message(f"stopped early: no better held-out loss in {count} evaluations")
         self.display.message("scoring all held-out text")
         results = self._evaluate(windows=0, averaged=True)
-        report = self.processes.first_decides(lambda: self._conclude(results))
+        with not_watched():  # the first process compresses all held-out text, while the others wait
+            report = self.processes.first_decides(lambda: self._conclude(results))
         return Outcome("finished", self.step, self.run, report)
 
     def _conclude(self, results: dict[str, dict[str, float]]) -> Path:

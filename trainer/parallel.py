@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -89,6 +90,8 @@ def world() -> Iterator[World]:
         TrainingError: there are more processes than GPUs, they cannot meet, or another one ended first.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    # A hang is the hang watch's to end, which says where it is; and what the first process does alone may take long.
+    timeout = timedelta(hours=12)
     backend = {"cuda": "cuda:nccl,cpu:gloo", "cpu": "gloo"}[device_type]
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
@@ -104,7 +107,7 @@ def world() -> Iterator[World]:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         try:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         except (ValueError, dist.DistError) as error:
             reason = str(error).splitlines()[0]
             raise TrainingError(

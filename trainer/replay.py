@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -25,7 +26,6 @@ from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
 from tilewright.trainer.parallel import World, sharded_model, world
 from tilewright.trainer.recipe import Parallel, Recipe, recipe_from_run
 from tilewright.trainer.run_directory import RECIPE
-from tilewright.trainer.schedule import learning_rate_factor
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 from tilewright.trainer.trained import check_kernels, check_vocabulary
 
@@ -67,7 +67,7 @@ def replay(run: Path, step: int, say: Callable[[str], None]) -> Replayed:
         if process.size > 1:
             raise TrainingError(f"replay runs in one process, and there are {process.size}; start it without torchrun")
         check_kernels(process.device, getattr(torch, recipe.compute_dtype))
-        replaying = _Replaying(recipe, run, process, skipped={n for n, line in lines.items() if line.get("skipped")})
+        replaying = _Replaying(recipe, run, process, lines)
         for earlier in range(replaying.start(step), step):
             say(f"step {earlier} again, on the way to {step}")
             replaying.take(earlier, replaying.optimizer)
@@ -79,8 +79,8 @@ def replay(run: Path, step: int, say: Callable[[str], None]) -> Replayed:
 class _Replaying:
     """A run put together again in one process."""
 
-    def __init__(self, recipe: Recipe, run: Path, process: World, *, skipped: set[int]) -> None:
-        self.recipe, self.run, self.process, self.skipped = recipe, run, process, skipped
+    def __init__(self, recipe: Recipe, run: Path, process: World, lines: dict[int, dict[str, Any]]) -> None:
+        self.recipe, self.run, self.process, self.lines = recipe, run, process, lines
         data = open_data(recipe.data)
         check_vocabulary(recipe, data)
         check_same_data(run, data)
@@ -109,8 +109,7 @@ class _Replaying:
     def take(self, step: int, optimizer: torch.optim.Optimizer | _Look) -> tuple[StepResult, list[tuple[range, float]]]:
         """One step with `optimizer`; its result, and the samples and mean loss of each micro-batch."""
         recipe, size = self.recipe, self.recipe.batch.sequences
-        factor = learning_rate_factor(recipe.schedule, step - 1, recipe.steps)
-        set_learning_rate(self.optimizer, recipe.optimizer.learning_rate * factor)
+        set_learning_rate(self.optimizer, self.lines[step]["lr"])  # whatever the recipe says by now
         first = (step - 1) * size
         samples = list(samples_of(first, size, rank=0, processes=1, micro_batch=recipe.batch.micro_batch))
         across = recipe.data.across_documents
@@ -125,7 +124,7 @@ class _Replaying:
             max_grad_norm=0.0 if isinstance(optimizer, _Look) else recipe.optimizer.max_grad_norm,
             loss_scale=self.loss_scale,
             # What the run skipped is skipped again, for whatever reason it was.
-            loss_limit=-math.inf if step in self.skipped else math.inf,
+            loss_limit=-math.inf if self.lines[step].get("skipped") else math.inf,
         )
         losses = [
             float(loss) / max(micro.valid_tokens(), 1) for loss, micro in zip(result.micro_losses, micros, strict=True)

@@ -18,16 +18,17 @@ from tilewright.trainer.recipe import Recipe, recipe_from_run, recipe_text
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
 # What may change between the start of a run and its resumption: nothing that decides what is computed (`compile`,
-# `optimizer.implementation` and `batch.micro_batch` change roundings alone; corpora are compared by what is in them,
-# and their weights with them).
+# `optimizer.implementation`, `batch.micro_batch` and how a model is spread change roundings alone; corpora are compared
+# by what is in them, and their weights with them).
 _FREE_TO_CHANGE = (
     "name", "runs", "run_directory", "evaluation", "checkpoints", "sample", "compile", "batch.micro_batch",
     "data.corpus", "data.sources", "data.tokenizer", "data.heldout", "data.prefetch", "optimizer.implementation",
+    "parallel", "activation_checkpointing", "health.bad_steps", "health.hang_minutes",
 )  # fmt: skip
 # How a run is steered, which whoever names its directory may do; without a name, other values begin another run.
 _STEERING = (
     "steps", "schedule", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.groups", "optimizer.betas",
-    "optimizer.eps", "optimizer.momentum", "optimizer.max_grad_norm",
+    "optimizer.eps", "optimizer.momentum", "optimizer.max_grad_norm", "health",
 )  # fmt: skip
 
 

@@ -105,7 +105,10 @@ def train_step(
     clock.begin("optimizer")
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
     if loss_scale is not None:
-        torch._foreach_div_([_local(p.grad) for _, p in parameters if p.grad is not None], loss_scale.scale)
+        for _, parameter in parameters:
+            assert parameter.grad is not None
+            gradient = _local(parameter.grad)
+            gradient.div_(loss_scale.scale.to(gradient.device))  # the host's, where weights are offloaded
     places, squares = _squares(parameters, world.device)
     sums = world.add(torch.cat([torch.stack(losses).double().sum()[None], squares]))
     loss, norm = sums[0] / max(valid_tokens, 1.0), sums[1:].sum().sqrt()

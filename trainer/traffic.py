@@ -1,4 +1,4 @@
-"""What the processes send one another in a step, by formula: for sizing a job before it runs, and to hold FSDP to.
+"""What the processes send one another in `train_step`, by formula: to size a job before it runs, and to hold FSDP to.
 
 With P parameters in groups (each block one, all the rest another), N processes that share one model, R replicas of it,
 and A micro-batches a step, each process takes part in these collectives:

@@ -32,10 +32,9 @@ def watch(run: Path, display: Display, *, wait: Callable[[float], None] = time.s
     display.start(recipe.name, recipe.steps, 0, {"run": str(run)})
     for line in _lines(run, wait):
         if "eval" in line:
-            display.evaluation(line["step"], line["eval"])
+            display.evaluation(line["step"], {name: _numbers(result) for name, result in line["eval"].items()})
         else:
-            figures: Any = {name: float("nan") if value is None else value for name, value in line.items()}
-            display.step(**figures)
+            display.step(**_numbers(line))
     display.stop()
     display.message(f"the run has finished; its report is {run / 'report.html'}")
 
@@ -58,6 +57,11 @@ def _lines(run: Path, wait: Callable[[float], None]) -> Iterator[dict[str, Any]]
         if finished:
             return
         wait(_POLL_SECONDS)
+
+
+def _numbers(figures: dict[str, Any]) -> Any:
+    """The figures, with nan for those that are null as they were not finite."""
+    return {name: float("nan") if value is None else value for name, value in figures.items()}
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

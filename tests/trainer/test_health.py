@@ -15,7 +15,9 @@ from rich.console import Console
 
 from tilewright.cli.main import main
 from tilewright.model import from_preset
+from tilewright.trainer import loop
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.hang import hang_watch
 from tilewright.trainer.health import LossWatch
 from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.metrics import read_metrics
@@ -140,17 +142,25 @@ def test_a_run_that_hangs_writes_where_it_stands_and_ends(tmp_path: Path) -> Non
     script = f"""
 import threading
 from pathlib import Path
-from tilewright.trainer.hang import hang_watch
+from tilewright.trainer.hang import hang_watch, not_watched
 
 def waiting_for_a_collective_that_never_comes():
     threading.Event().wait()
 
 with hang_watch(Path({str(tmp_path)!r}), 3, 0.01):
+    with not_watched():
+        threading.Event().wait(0.9)  # past the limit
     waiting_for_a_collective_that_never_comes()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=100)
     assert done.returncode == 1
-    assert "waiting_for_a_collective_that_never_comes" in (tmp_path / "hang-rank-3.txt").read_text()
+    told = (tmp_path / "hang-rank-3.txt").read_text()
+    assert "waiting_for_a_collective_that_never_comes" in told
+    # The process that is started in its place keeps it.
+    with hang_watch(tmp_path, 3, 10):
+        pass
+    (kept,) = tmp_path.glob("hang-rank-3*")
+    assert kept.read_text() == told
 
 
 def test_a_run_that_ends_leaves_no_word_of_a_hang(tiny_recipe: Write) -> None:
@@ -173,3 +183,29 @@ def test_a_step_taken_again_is_the_step_that_was(tiny_recipe: Write, capsys: pyt
     assert "blocks.1" in shown.out
     assert main(["replay", str(outcome.run), "--step", "13"]) == 2
     assert "has recorded no step 13; its steps are 1 to 12" in capsys.readouterr().err
+
+
+def test_an_incident_that_cannot_be_kept_ends_nothing(tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_incident", full)
+    outcome, told = run(tiny_recipe(steps=12, checkpoints__every=2, **STRICT))
+    assert outcome.step == 12
+    assert "what it worked on could not be kept: [Errno 28] No space left" in told
+
+
+def test_how_a_run_is_spread_and_watched_may_change_when_it_goes_on(tiny_recipe: Write) -> None:
+    """And one that had finished is unfinished again while more steps are to come."""
+    first, _ = run(tiny_recipe(steps=3))
+    longer = ("--steps", "6", "--run_directory", str(first.run), "--health.hang_minutes", "0", "--health.spike", "none")
+    again, _ = run(tiny_recipe(), *longer, "--activation_checkpointing.mode", "full", "--parallel.reduce", "every")
+    assert (again.run, again.step) == (first.run, 6)
+
+
+def test_a_checkpoint_that_came_due_at_a_skipped_step_is_taken_after_the_next_good_one(tiny_recipe: Write) -> None:
+    outcome, _ = run(tiny_recipe(steps=12, checkpoints__every=2, checkpoints__keep=99, **STRICT))
+    skipped = {line["step"] for line in steps_of(outcome.run) if line["skipped"]}
+    good = [step for step in range(1, 13) if step not in skipped]
+    due = {min((step for step in good if step >= n), default=12) for n in range(2, 12, 2)} | {12}
+    assert {int(path.name[5:]) for path in (outcome.run / "checkpoints").iterdir()} == due
