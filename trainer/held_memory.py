@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from tilewright.kernels.shards import local
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -16,5 +17,5 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def _local_bytes(x: torch.Tensor) -> int:
-    mine = x.to_local() if isinstance(x, DTensor) else x
+    mine = local(x)
     return mine.numel() * mine.element_size()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from tilewright.kernels.shards import local
 from tilewright.model import Transformer
 from tilewright.trainer import checkpoint
 from tilewright.trainer.data import check_same_data, open_data, samples_of
@@ -147,8 +147,7 @@ class _Look:
         for name, parameter in self._model.named_parameters():
             if parameter.grad is None:
                 continue
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            if not grad.isfinite().all():
+            if not local(parameter.grad).isfinite().all():
                 self.not_finite.append(name)
 
     def zero_grad(self, *, set_to_none: bool) -> None:

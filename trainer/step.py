@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tilewright.corpus import IGNORE, Batch
+from tilewright.kernels.shards import local
 from tilewright.model import Transformer
 from tilewright.trainer.loss_scale import LossScale
 from tilewright.trainer.parallel import World
@@ -107,7 +108,7 @@ def train_step(
     if loss_scale is not None:
         for _, parameter in parameters:
             assert parameter.grad is not None
-            gradient = _local(parameter.grad)
+            gradient = local(parameter.grad)
             gradient.div_(loss_scale.scale.to(gradient.device))  # the host's, where weights are offloaded
     places, squares = _squares(parameters, world.device)
     sums = world.add(torch.cat([torch.stack(losses).double().sum()[None], squares]))
@@ -144,7 +145,7 @@ def _squares(parameters: Sequence[tuple[str, torch.Tensor]], device: torch.devic
     if not parameters:
         return places, squares
     gradients = [parameter.grad for _, parameter in parameters]
-    shards = [_local(grad) for grad in gradients if grad is not None]
+    shards = [local(grad) for grad in gradients if grad is not None]
     where = torch.tensor([places.index(place_of(name)) for name, _ in parameters], device=device)
     squares.index_add_(0, where, torch.stack(torch._foreach_norm(shards)).to(device).double().square())
     first = parameters[0][1]
@@ -152,10 +153,6 @@ def _squares(parameters: Sequence[tuple[str, torch.Tensor]], device: torch.devic
         mesh = first.device_mesh
         squares /= math.prod(mesh.size(i) for i, place in enumerate(first.placements) if place.is_replicate())
     return places, squares
-
-
-def _local(x: torch.Tensor) -> torch.Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _step_if(good: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
