@@ -23,6 +23,7 @@ from tilewright.trainer.recipe import Data
 
 CORPUS = "corpus.json"
 HELDOUT = "heldout"
+HELDOUT_AVERAGED = "heldout_averaged"
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,23 @@
-"""The health of a run: losses that stand out, and what is kept of a step that went wrong."""
+"""The health of a run: losses that stand out, what is done about a step that went wrong, and what is kept of it."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
+from tilewright.corpus import CorpusError
+from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.loss_scale import LossScale
+from tilewright.trainer.metrics import METRICS, read_metrics
+from tilewright.trainer.parallel import World
 from tilewright.trainer.recipe import Health
 from tilewright.trainer.run_directory import write_atomically
 from tilewright.trainer.step import MicroBatch, StepResult
@@ -44,6 +51,97 @@ class LossWatch:
         middle = statistics.median(self._losses)
         spread = statistics.median(abs(loss - middle) for loss in self._losses)
         return middle + self._recipe.spike_score * _NORMAL * spread
+
+
+class HealthCheck:
+    """Looks at every step of a run, in each of its processes.
+
+    Args:
+        run: its directory, whose record says which steps went before.
+        loss_scale: of float16.
+        tell: shows a line to the user.
+        documents: the names of those that a sample reads from.
+
+    Attributes:
+        skipped: steps that were skipped in a row, up to the last one.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        recipe: Health,
+        processes: World,
+        loss_scale: LossScale | None,
+        tell: Callable[[str], None],
+        documents: Callable[[int], list[str]],
+    ) -> None:
+        self._run, self._recipe, self._rank = run, recipe, processes.rank
+        self._loss_scale, self._tell, self._documents = loss_scale, tell, documents
+        recent: tuple[list[float], int] = ([], 0)
+        if processes.first and (run / METRICS).is_file():
+            recent = _recent(read_metrics(run / METRICS)[0], recipe.spike_window, scaled=loss_scale is not None)
+        losses, self.skipped = cast(tuple[list[float], int], processes.share(recent))
+        self._losses = LossWatch(recipe, losses)
+
+    def limit(self) -> float:
+        """The largest loss, in nats a token, that the next step may have without being a spike."""
+        return self._losses.limit()
+
+    def look_after(
+        self, step: int, result: StepResult, limit: float, micro_batches: list[MicroBatch], samples: list[range]
+    ) -> None:
+        """Tell of a step that stands out, keep what one that was skipped worked on, and end after too many of those.
+
+        Args:
+            step: counted from 1.
+            limit: what `limit` said before the step.
+            samples: of each micro-batch.
+
+        Raises:
+            TrainingError: ``health.bad_steps`` in a row were skipped.
+        """
+        if result.stepped:
+            self._losses.add(result.loss)
+            self.skipped = 0
+            if result.loss > limit:
+                self._tell(f"step {step}: the loss is {result.loss:.4g}, a spike above {limit:.4g}")
+            return
+        if result.overflowed:
+            assert self._loss_scale is not None
+            scale = self._loss_scale.scale.item()
+            self._tell(f"step {step} skipped: a float16 gradient overflowed; the loss scale is now {scale:g}")
+            return
+        self.skipped += 1
+        cause = f"the gradient's norm is {result.grad_norm}"
+        if math.isfinite(result.grad_norm):
+            cause = f"the loss is {result.loss:.4g}, a spike above {limit:.4g}"
+        self._tell(f"step {step} skipped: {cause}; {self._keep(step, result, micro_batches, samples)}")
+        if self.skipped >= self._recipe.bad_steps:
+            raise TrainingError(
+                f"training diverged: {cause}; {self.skipped} steps in a row were skipped (health.bad_steps); the "
+                "checkpoints are untouched; start another run with a lower optimizer.learning_rate or a longer "
+                "schedule.warmup_steps"
+            )
+
+    def _keep(self, step: int, result: StepResult, micro_batches: list[MicroBatch], samples: list[range]) -> str:
+        """Keep what a skipped step worked on; says where, or why it could not be, which is nothing to end a run for."""
+        try:
+            folder = save_incident(self._run, step, self._rank, result, micro_batches, samples, self._documents)
+        except (OSError, RuntimeError, CorpusError) as error:  # a disk that fills ends torch.save in a RuntimeError
+            return f"what it worked on could not be kept: {error}"
+        return f"what it worked on is in {folder}"
+
+
+def _recent(lines: list[dict[str, Any]], window: int, *, scaled: bool) -> tuple[list[float], int]:
+    """The losses of the last `window` steps that were taken, and how many were skipped since."""
+    taken = [line["loss"] for line in lines if not line.get("skipped") and line["loss"] is not None]
+    # A float16 gradient that overflowed under a finite loss was the scale's doing.
+    counted = [
+        bool(line.get("skipped"))
+        for line in lines
+        if not (line.get("skipped") and scaled and line["grad_norm"] is None and line["loss"] is not None)
+    ]
+    return taken[-window:], sum(itertools.takewhile(bool, reversed(counted)))
 
 
 def save_incident(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -10,17 +9,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from rich.console import Console
 
-from tilewright.corpus import Batch, CorpusError, MixtureStream, Prefetch, TrainStream
+from tilewright.corpus import Batch, MixtureStream, Prefetch, TrainStream
 from tilewright.trainer import checkpoint
 from tilewright.trainer.averaging import WeightAverage
 from tilewright.trainer.data import (
     CORPUS,
     HELDOUT,
+    HELDOUT_AVERAGED,
     TrainingData,
     check_same_data,
     is_same_data,
@@ -33,7 +33,7 @@ from tilewright.trainer.environment import environment
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
 from tilewright.trainer.hang import alive, hang_watch, not_watched
-from tilewright.trainer.health import LossWatch, save_incident
+from tilewright.trainer.health import HealthCheck
 from tilewright.trainer.held_memory import held_bytes
 from tilewright.trainer.interruption import Interruption
 from tilewright.trainer.loss_scale import LossScale
@@ -46,17 +46,9 @@ from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.report import write_report
 from tilewright.trainer.run_directory import SUMMARY, choose_run_directory, locked, save_recipe, write_atomically
 from tilewright.trainer.schedule import learning_rate_factor
-from tilewright.trainer.step import MicroBatch, StepResult, train_step
-from tilewright.trainer.summary import (
-    closing_text,
-    continuation,
-    heldout_facts,
-    step_seconds,
-    write_summary,
-)
+from tilewright.trainer.step import MicroBatch, train_step
+from tilewright.trainer.summary import closing_text, finished_facts, write_summary
 from tilewright.trainer.trained import check_kernels, check_vocabulary
-
-HELDOUT_AVERAGED = "heldout_averaged"
 
 
 @dataclass(frozen=True)
@@ -154,8 +146,9 @@ class _Training:
             stack.callback(self.metrics.close)
             self.display = stack.enter_context(Display(console))
         self.stops_early = self._no_longer_improves()
-        losses, self.skipped = self._recent()
-        self.losses = LossWatch(recipe.health, losses)
+        self.health = HealthCheck(
+            run, recipe.health, processes, self.loss_scale, self.display.message, self.stream.documents
+        )
         stack.enter_context(hang_watch(run, processes.rank, recipe.health.hang_minutes))
         self.display.start(recipe.name, recipe.steps, self.step, self._facts())
 
@@ -171,7 +164,7 @@ class _Training:
                 self.stops_early = self._no_longer_improves()
             # Where steps are skipped, after the next good one: good checkpoints would make room for bad ones.
             every = self.recipe.checkpoints.every
-            if every and self.step // every > self.saved_step // every and not last and not self.skipped:
+            if every and self.step // every > self.saved_step // every and not last and not self.health.skipped:
                 self._checkpoint()
         if self.saved_step < self.step:
             self._checkpoint()
@@ -188,7 +181,7 @@ class _Training:
         asked = time.perf_counter()
         batches = self.batches.take(self.step)
         waited = time.perf_counter() - asked
-        micro_batches, limit = [self._micro_batch(batch) for batch in batches], self.losses.limit()
+        micro_batches, limit = [self._micro_batch(batch) for batch in batches], self.health.limit()
         result = train_step(
             self.model,
             self.optimizer,
@@ -225,64 +218,7 @@ class _Training:
         if self.metrics is not None:
             self.metrics.train(**line)
         self.display.step(**line)
-        self._look_after(result, limit, micro_batches)
-
-    def _look_after(self, result: StepResult, limit: float, micro_batches: list[MicroBatch]) -> None:
-        """Tell of a step that stands out, keep what one that was skipped worked on, and end after too many of those."""
-        if result.stepped:
-            self.losses.add(result.loss)
-            self.skipped = 0
-            if result.loss > limit:
-                self.display.message(f"step {self.step}: the loss is {result.loss:.4g}, a spike above {limit:.4g}")
-            return
-        if result.overflowed:
-            assert self.loss_scale is not None
-            scale = self.loss_scale.scale.item()
-            self.display.message(
-                f"step {self.step} skipped: a float16 gradient overflowed; the loss scale is now {scale:g}"
-            )
-            return
-        self.skipped += 1
-        kept = self._keep(result, micro_batches)
-        cause = f"the gradient's norm is {result.grad_norm}"
-        if math.isfinite(result.grad_norm):
-            cause = f"the loss is {result.loss:.4g}, a spike above {limit:.4g}"
-        self.display.message(f"step {self.step} skipped: {cause}; {kept}")
-        if self.skipped >= self.recipe.health.bad_steps:
-            raise TrainingError(
-                f"training diverged: {cause}; {self.skipped} steps in a row were skipped (health.bad_steps); the "
-                "checkpoints are untouched; start another run with a lower optimizer.learning_rate or a longer "
-                "schedule.warmup_steps"
-            )
-
-    def _keep(self, result: StepResult, micro_batches: list[MicroBatch]) -> str:
-        """Keep what a skipped step worked on; says where, or why it could not be, which is nothing to end a run for."""
-        samples, rank = list(self._samples(self.step - 1)), self.processes.rank
-        try:
-            folder = save_incident(self.run, self.step, rank, result, micro_batches, samples, self.stream.documents)
-        except (OSError, RuntimeError, CorpusError) as error:  # a disk that fills ends torch.save in a RuntimeError
-            return f"what it worked on could not be kept: {error}"
-        return f"what it worked on is in {folder}"
-
-    def _recent(self) -> tuple[list[float], int]:
-        """The losses of the steps that were taken last before this one, and how many were skipped since."""
-        lines: list[dict[str, Any]] = []
-        if self.processes.first and (self.run / METRICS).is_file():
-            lines, _ = read_metrics(self.run / METRICS)
-        skipped = [bool(line.get("skipped")) for line in lines]
-        losses = [
-            line["loss"] for line, bad in zip(lines, skipped, strict=True) if not bad and line["loss"] is not None
-        ]
-        # A float16 gradient that overflowed under a finite loss was the scale's doing.
-        scaled = self.loss_scale is not None
-        bad = [
-            line
-            for line, without_step in zip(lines, skipped, strict=True)
-            if not (without_step and scaled and line["grad_norm"] is None and line["loss"] is not None)
-        ]
-        trailing = len(list(itertools.takewhile(lambda line: bool(line.get("skipped")), reversed(bad))))
-        window = losses[-self.recipe.health.spike_window :]
-        return cast(tuple[list[float], int], self.processes.share((window, trailing)))
+        self.health.look_after(self.step, result, limit, micro_batches, list(self._samples(self.step - 1)))
 
     def _read(self, step: int) -> list[Batch]:
         return [self.stream.batch(samples) for samples in self._samples(step)]
@@ -407,33 +343,22 @@ class _Training:
 
     def _conclude(self, results: dict[str, dict[str, float]]) -> Path:
         """Write down and show what became of the run."""
-        facts = {
-            "name": self.recipe.name,
-            "status": "finished",
-            "steps": self.step,
-            "tokens": self.step * self.recipe.tokens_per_step(),
-            "seconds": seconds_in_steps(self.run, self.recipe.tokens_per_step()),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "matmul_peak_flops": self.peak,
-            "heldout": heldout_facts(results[HELDOUT], [corpus.folder for corpus in self.data.corpora.values()]),
-            "heldout_sources": {name: results[name] for name in self.heldout if name != HELDOUT},
-            "heldout_averaged": results.get(HELDOUT_AVERAGED, {}),
-            "stopped_early": self.stops_early,
-            "sample": continuation(self.run, self.recipe),
-            "step_seconds": step_seconds(self.run, self.recipe.tokens_per_step()),
-        }
+        facts = finished_facts(
+            self.run,
+            self.recipe,
+            self.data,
+            results,
+            step=self.step,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            matmul_peak=self.peak,
+            stopped_early=self.stops_early,
+        )
         write_summary(self.run, facts)
         report = write_report(self.run)
         self.display.stop()
         self.display.message(closing_text(facts))
         self.display.message(f"\nrun directory  {self.run}\nreport         {report}")
         return report
-
-
-def seconds_in_steps(run: Path, tokens_per_step: int) -> float:
-    """The time that a run's optimizer steps took, over all its resumptions; evaluation and pauses not counted."""
-    steps, _ = read_metrics(run / METRICS)
-    return float(sum(tokens_per_step / line["tokens_per_second"] for line in steps if line.get("tokens_per_second")))
 
 
 def _due(step: int, every: int) -> bool:

@@ -24,7 +24,8 @@ from tilewright.trainer.loss_scale import LossScale
 from tilewright.trainer.metrics import METRICS, read_metrics
 from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
 from tilewright.trainer.parallel import World, sharded_model, world
-from tilewright.trainer.recipe import Parallel, Recipe, recipe_from_run
+from tilewright.trainer.recipe import Parallel, Recipe
+from tilewright.trainer.recipe_file import recipe_from_run
 from tilewright.trainer.run_directory import RECIPE
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 from tilewright.trainer.trained import check_kernels, check_vocabulary

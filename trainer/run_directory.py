@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.recipe import Recipe, recipe_from_run, recipe_text
+from tilewright.trainer.recipe import Recipe
+from tilewright.trainer.recipe_file import recipe_from_run, recipe_text
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"

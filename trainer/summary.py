@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tilewright.trainer.data import HELDOUT, HELDOUT_AVERAGED, TrainingData
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.metrics import METRICS, read_metrics
 from tilewright.trainer.quantities import duration, short
@@ -71,6 +72,48 @@ def continuation(run: Path, recipe: Recipe) -> dict[str, str]:
         seed=recipe.seed,
     )
     return {"prompt": sample.prompt, "continuation": text}
+
+
+def finished_facts(
+    run: Path,
+    recipe: Recipe,
+    data: TrainingData,
+    results: Mapping[str, Mapping[str, float]],
+    *,
+    step: int,
+    parameters: int,
+    matmul_peak: float,
+    stopped_early: bool,
+) -> dict[str, Any]:
+    """What became of a run that has come to its end.
+
+    Args:
+        results: of the last evaluation, by name.
+        step: the last one.
+        matmul_peak: FLOP/s that were measured.
+    """
+    tokens = recipe.tokens_per_step()
+    return {
+        "name": recipe.name,
+        "status": "finished",
+        "steps": step,
+        "tokens": step * tokens,
+        "seconds": seconds_in_steps(run, tokens),
+        "parameters": parameters,
+        "matmul_peak_flops": matmul_peak,
+        "heldout": heldout_facts(results[HELDOUT], [corpus.folder for corpus in data.corpora.values()]),
+        "heldout_sources": {name: results[name] for name in data.corpora if name != HELDOUT},
+        "heldout_averaged": results.get(HELDOUT_AVERAGED, {}),
+        "stopped_early": stopped_early,
+        "sample": continuation(run, recipe),
+        "step_seconds": step_seconds(run, tokens),
+    }
+
+
+def seconds_in_steps(run: Path, tokens_per_step: int) -> float:
+    """The time that a run's optimizer steps took, over all its resumptions; evaluation and pauses not counted."""
+    steps, _ = read_metrics(run / METRICS)
+    return float(sum(tokens_per_step / line["tokens_per_second"] for line in steps if line.get("tokens_per_second")))
 
 
 def step_seconds(run: Path, tokens_per_step: int) -> dict[str, float]:

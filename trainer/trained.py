@@ -16,7 +16,8 @@ from tilewright.trainer.data import TrainingData, check_same_data, open_data
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
 from tilewright.trainer.parallel import world
-from tilewright.trainer.recipe import Recipe, recipe_from_run
+from tilewright.trainer.recipe import Recipe
+from tilewright.trainer.recipe_file import recipe_from_run
 from tilewright.trainer.run_directory import RECIPE
 
 

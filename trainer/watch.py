@@ -13,7 +13,7 @@ from typing import Any
 
 from tilewright.trainer.display import Display
 from tilewright.trainer.metrics import METRICS
-from tilewright.trainer.recipe import recipe_from_run
+from tilewright.trainer.recipe_file import recipe_from_run
 from tilewright.trainer.run_directory import RECIPE, SUMMARY
 
 _POLL_SECONDS = 1.0

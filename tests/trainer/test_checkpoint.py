@@ -23,7 +23,8 @@ from tilewright.trainer.checkpoint_reader import find_damage
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.optimizer import build_optimizer
 from tilewright.trainer.parallel import World, sharded_model, world
-from tilewright.trainer.recipe import Checkpoints, Optimizer, load_recipe
+from tilewright.trainer.recipe import Checkpoints, Optimizer
+from tilewright.trainer.recipe_file import load_recipe
 
 CONFIG = from_preset(
     "llama-10m", vocab_size=30, hidden_size=16, layers=1, heads=2, kv_heads=2, head_dim=8, intermediate_size=24,

@@ -10,14 +10,7 @@ from tilewright.cli.main import main
 from tilewright.model import from_preset
 from tilewright.trainer.dry_run import check_fits, plan, plan_text
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.recipe import (
-    ActivationCheckpointing,
-    Batch,
-    Data,
-    Optimizer,
-    Parallel,
-    Recipe,
-)
+from tilewright.trainer.recipe import ActivationCheckpointing, Batch, Data, Optimizer, Parallel, Recipe
 
 LAYERS, WIDTH, LENGTH = 32, 4096, 8192
 PARAMETERS = 8_030_261_248  # as Meta states it for Llama 3 8B: 8.03 billion

@@ -17,7 +17,8 @@ from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.early_stopping import no_longer_improves
 from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.recipe import Evaluation, load_recipe
+from tilewright.trainer.recipe import Evaluation
+from tilewright.trainer.recipe_file import load_recipe
 
 Write = Callable[..., Path]
 

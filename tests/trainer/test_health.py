@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tilewright.cli.main import main
 from tilewright.model import from_preset
-from tilewright.trainer import loop
+from tilewright.trainer import health
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.hang import hang_watch
 from tilewright.trainer.health import LossWatch
@@ -23,7 +23,8 @@ from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.metrics import read_metrics
 from tilewright.trainer.optimizer import build_optimizer
 from tilewright.trainer.parallel import World, sharded_model, world
-from tilewright.trainer.recipe import Health, Optimizer, load_recipe
+from tilewright.trainer.recipe import Health, Optimizer
+from tilewright.trainer.recipe_file import load_recipe
 from tilewright.trainer.replay import replay
 from tilewright.trainer.step import MicroBatch, train_step
 
@@ -189,7 +190,7 @@ def test_an_incident_that_cannot_be_kept_ends_nothing(tiny_recipe: Write, monkey
     def full(*_: Any) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_incident", full)
+    monkeypatch.setattr(health, "save_incident", full)
     outcome, told = run(tiny_recipe(steps=12, checkpoints__every=2, **STRICT))
     assert outcome.step == 12
     assert "what it worked on could not be kept: [Errno 28] No space left" in told

@@ -14,7 +14,8 @@ from tilewright.trainer.loss_scale import LossScale
 from tilewright.trainer.metrics import read_metrics
 from tilewright.trainer.optimizer import build_optimizer
 from tilewright.trainer.parallel import sharded_model, world
-from tilewright.trainer.recipe import Optimizer, load_recipe
+from tilewright.trainer.recipe import Optimizer
+from tilewright.trainer.recipe_file import load_recipe
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 
 Write = Callable[..., Path]

@@ -14,7 +14,8 @@ from tilewright.trainer import TrainingError
 from tilewright.trainer.checkpoint import training_state
 from tilewright.trainer.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from tilewright.trainer.parallel import World, sharded_model, world
-from tilewright.trainer.recipe import Optimizer, ParameterGroup, load_recipe
+from tilewright.trainer.recipe import Optimizer, ParameterGroup
+from tilewright.trainer.recipe_file import load_recipe
 from tilewright.trainer.step import MicroBatch, train_step
 
 CONFIG = from_preset(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tilewright.trainer import TrainingError
-from tilewright.trainer.recipe import Schedule, load_recipe
+from tilewright.trainer.recipe import Schedule
+from tilewright.trainer.recipe_file import load_recipe
 from tilewright.trainer.schedule import learning_rate_factor
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.recipe import load_recipe
+from tilewright.trainer.recipe_file import load_recipe
 from tilewright.trainer.trained import evaluate_run
 
 Write = Callable[..., Path]

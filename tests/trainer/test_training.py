@@ -22,7 +22,7 @@ from tilewright.trainer.checkpoint import CheckpointWriter, committed
 from tilewright.trainer.interruption import Interruption
 from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.metrics import TrainingLine, read_metrics
-from tilewright.trainer.recipe import load_recipe, recipe_from_run
+from tilewright.trainer.recipe_file import load_recipe, recipe_from_run
 from tilewright.trainer.trained import load_trained
 
 Write = Callable[..., Path]

@@ -11,7 +11,7 @@ from rich.console import Console
 from tilewright.cli.main import main
 from tilewright.trainer.display import Display
 from tilewright.trainer.loop import train
-from tilewright.trainer.recipe import load_recipe
+from tilewright.trainer.recipe_file import load_recipe
 from tilewright.trainer.watch import watch
 
 Write = Callable[..., Path]

@@ -1,0 +1,140 @@
+"""What a recipe must hold to: the range of each value, and what does not fit together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from tilewright.corpus import CorpusError, whole_shares
+from tilewright.trainer.errors import TrainingError
+
+if TYPE_CHECKING:
+    from tilewright.trainer.recipe import Data, Optimizer, Recipe, Schedule
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise for the first value that cannot be.
+
+    Raises:
+        TrainingError: it names the key, what it is and what it must be.
+    """
+    if "/" in recipe.name or recipe.name in ("", ".", ".."):
+        raise TrainingError(f"name is {recipe.name!r}; it names the run directory, so it must be a plain file name")
+    at_least = {
+        "steps": 1, "data.sequence_length": 1, "batch.sequences": 1, "batch.micro_batch": 1,
+        "schedule.warmup_steps": 0, "schedule.decay_steps": 0, "evaluation.every": 0, "evaluation.windows": 0,
+        "evaluation.stop_after": 0, "evaluation.stop_margin": 0, "schedule.restart_peak": 0,
+        "checkpoints.every": 0, "checkpoints.keep": 1, "checkpoints.keep_every": 0,
+        "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
+        "optimizer.eps": 0, "optimizer.weight_decay": 0, "schedule.final_fraction": 0, "seed": 0,
+        "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1, "parallel.replicas": 1,
+        "parallel.prefetch": 0, "activation_checkpointing.budget": 0, "data.prefetch": 0,
+    }  # fmt: skip
+    for key, least in at_least.items():
+        value = _get(recipe, key)
+        if not least <= value < math.inf:
+            raise TrainingError(f"{key} is {value}; it must be {least} or more")
+    if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
+        raise TrainingError(f"optimizer.betas is {recipe.optimizer.betas}; each must be at least 0 and less than 1")
+    _check_sources(recipe.data)
+    _check_optimizer(recipe.optimizer)
+    _check_schedule(recipe.schedule, recipe.steps)
+    if recipe.evaluation.stop_after and not recipe.evaluation.every:
+        raise TrainingError(
+            f"evaluation.stop_after is {recipe.evaluation.stop_after} and evaluation.every 0, so there is nothing to "
+            "stop by; set evaluation.every"
+        )
+    together = math.lcm(recipe.evaluation.every, recipe.checkpoints.every)
+    if recipe.checkpoints.keep_best and not 0 < together < recipe.steps:
+        raise TrainingError(
+            f"checkpoints.keep_best is true, but no step before the last is both evaluated (evaluation.every "
+            f"{recipe.evaluation.every}) and saved (checkpoints.every {recipe.checkpoints.every}); set both to the same"
+        )
+    if recipe.activation_checkpointing.budget > 1:
+        raise TrainingError(
+            f"activation_checkpointing.budget is {recipe.activation_checkpointing.budget}; it must be between 0 and 1"
+        )
+    if recipe.activation_checkpointing.mode == "budget" and not recipe.compile:
+        raise TrainingError(
+            "activation_checkpointing.mode is 'budget', which the compiler keeps to, and compile is false; "
+            "set compile to true or take another mode"
+        )
+    if not recipe.seed < 2**63:
+        raise TrainingError(f"seed is {recipe.seed}; it must be less than 2**63")
+    if recipe.data.sequence_length > recipe.model.max_sequence_length:
+        raise TrainingError(
+            f"data.sequence_length is {recipe.data.sequence_length}, more than the {recipe.model.max_sequence_length} "
+            "positions of model.max_sequence_length; lower the one or raise the other"
+        )
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_sources(data: Data) -> None:
+    if not data.sources:
+        return
+    if data.corpus or data.heldout:
+        given = "data.corpus" if data.corpus else "data.heldout"
+        raise TrainingError(f"{given} and data.sources are both given; give one, or each source its own under sources")
+    for name in (names := data.source_names()):
+        if name in ("", "heldout", "heldout_averaged") or "/" in name or names.count(name) > 1:
+            raise TrainingError(
+                f"data.sources names {', '.join(map(repr, names))}; give each a name of its own, without '/', other "
+                "than heldout, which stands for all of them"
+            )
+    try:
+        whole_shares([source.weight for source in data.sources])
+    except CorpusError as error:
+        raise TrainingError(f"data.sources does not fit: {error}") from None
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    for key in ("momentum", "ema_decay"):
+        if not 0 <= (value := getattr(optimizer, key)) < 1:
+            raise TrainingError(f"optimizer.{key} is {value}; it must be at least 0 and less than 1")
+    if optimizer.kind == "sgd" and optimizer.implementation != "auto":
+        raise TrainingError(
+            f"optimizer.implementation is {optimizer.implementation!r}, which is of AdamW, and optimizer.kind 'sgd'; "
+            "set optimizer.implementation to auto"
+        )
+    for number, group in enumerate(optimizer.groups):
+        for key in ("learning_rate_factor", "weight_decay"):
+            value = getattr(group, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise TrainingError(f"optimizer.groups[{number}].{key} is {value}; it must be 0 or more")
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            raise TrainingError(
+                f"optimizer.groups[{number}].match is {group.match!r}, which is no regular expression: {error}"
+            ) from None
+
+
+def _check_schedule(schedule: Schedule, steps: int) -> None:
+    bounds = [0, *schedule.restarts, steps]
+    if sorted(set(bounds)) != bounds:
+        raise TrainingError(
+            f"schedule.restarts is {schedule.restarts}; it must be rising steps after 0 and before steps ({steps})"
+        )
+    again = schedule.warmup_steps if schedule.restart_warmup_steps is None else schedule.restart_warmup_steps
+    if again < 0:
+        raise TrainingError(f"schedule.restart_warmup_steps is {again}; it must be 0 or more")
+    if schedule.warmup_steps + schedule.decay_steps > bounds[1]:
+        end = "the first of schedule.restarts" if schedule.restarts else "steps"
+        raise TrainingError(
+            f"schedule.warmup_steps ({schedule.warmup_steps}) and schedule.decay_steps ({schedule.decay_steps}) are "
+            f"more than {end} ({bounds[1]}); lower them or raise {end}"
+        )
+    shortest = min((end - start for start, end in itertools.pairwise(bounds[1:])), default=None)
+    if shortest is not None and again + schedule.decay_steps > shortest:
+        raise TrainingError(
+            f"the warm-up of a restart ({again}) and schedule.decay_steps ({schedule.decay_steps}) are more than the "
+            f"{shortest} steps from one of schedule.restarts to the next or to the end; lower them or move the restarts"
+        )
