@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tilewright.benchmarks.audit.chips import CHIPS
+from tilewright.benchmarks.audit.spilled import with_spills
 from tilewright.cli.clone import command_of
 from tilewright.kernels.opspec import OpSpec, Passes, Work
 from tilewright.kernels.registry import SPECS
@@ -66,7 +67,7 @@ def audit(ops: Sequence[str], chips: Sequence[int], console: Console) -> Audit:
     for share in range(_SHARES):
         command = command_of("audit.compiled", *arguments[0], *arguments[1], "--share", f"{share}/{_SHARES}")
         tasks.append(Task(f"compiling {share + 1} of {_SHARES}", command, False))
-    found = merged(run(tasks, console))
+    found = with_spills(merged(run(tasks, console)))
     return {
         "format": 1,
         "environment": _environment(),

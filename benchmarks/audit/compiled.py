@@ -141,7 +141,7 @@ def examine(compilation: Compilation) -> Finding:
         "global_accesses": accesses,
         "wide_accesses": wide,
         "tensor_cores": code.tensor_cores(),
-        "hottest_loop": {"instructions": loop.instructions, "mix": loop.mix, "repeats": loop.repeats},
+        "hottest_loop": loop._asdict(),
         "compile_seconds": round(seconds, 3),
     }
 

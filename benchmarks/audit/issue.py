@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 Counts = tuple[int, ...]
@@ -15,13 +16,14 @@ def difference(now: Counts, then: Counts) -> Counts:
 @dataclass
 class Issued:
     """What has been issued: bytes loaded and stored, operations of matrix products and of single elements, accesses to
-    integers in memory, and the names of the kernels that were launched."""
+    integers in memory, the names of the kernels that were launched, and the bytes by those names."""
 
     bytes: int = 0
     product_flops: int = 0
     element_flops: int = 0
     integer_accesses: int = 0
     kernels: list[str] = field(default_factory=list)
+    kernel_bytes: Counter[str] = field(default_factory=Counter)
 
     @property
     def counts(self) -> Counts:
@@ -37,8 +39,8 @@ class Issued:
 
     def taken(self) -> Issued:
         """What was counted since this was last asked."""
-        counted = Issued(kernels=self.kernels)
+        counted = Issued(kernels=self.kernels, kernel_bytes=self.kernel_bytes)
         counted.add(self.counts)
         self.add(self.counts, -1)
-        self.kernels = []
+        self.kernels, self.kernel_bytes = [], Counter()
         return counted

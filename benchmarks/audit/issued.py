@@ -85,7 +85,9 @@ def traffic(spec: OpSpec, sample: Sample, chip: int, issued: Issued) -> list[Row
         product = passes.forward.flops // forward_products if forward_products else None
         rows = [_row(spec, "forward", forward, passes, product)]
         if backward is not None:
-            both = Issued(kernels=forward.kernels + backward.kernels)
+            both = Issued(
+                kernels=forward.kernels + backward.kernels, kernel_bytes=forward.kernel_bytes + backward.kernel_bytes
+            )
             both.add(forward.counts)
             both.add(backward.counts)
             rows.append(_row(spec, "backward", backward, passes, product))
@@ -124,6 +126,7 @@ def _row(spec: OpSpec, name: str, issued: Issued, passes: Passes, product: int |
     return {
         "pass": name,
         "bytes_issued": issued.bytes,
+        "kernel_bytes": dict(issued.kernel_bytes),
         "bytes_compulsory": work.bytes,
         "byte_ratio": issued.bytes / work.bytes if separable and work.bytes else None,
         "flops_issued": flops,
@@ -137,6 +140,7 @@ def _uncounted(name: str, work: Work) -> Row:
     return {
         "pass": name,
         "bytes_issued": None,
+        "kernel_bytes": {},
         "bytes_compulsory": work.bytes,
         "byte_ratio": None,
         "flops_issued": None,

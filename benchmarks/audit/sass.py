@@ -37,11 +37,17 @@ class Resources(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Instructions of a loop, by class; of all the code, once, where `repeats` is False since there is no loop."""
+    """Instructions of a loop, by class; of all the code, once, where `repeats` is False since there is no loop.
+
+    `global_bytes` and `spilled_bytes` are what a thread moves in one turn, to and from device memory and of registers
+    that are spilled; the memory accelerator's instructions do not say how much they move and count for none.
+    """
 
     instructions: int
     mix: dict[str, int]
     repeats: bool
+    global_bytes: int
+    spilled_bytes: int
 
 
 def resources(cubin: bytes) -> Resources:
@@ -131,6 +137,13 @@ def class_of(instruction: Instruction) -> str:
     return "integer" if _INTEGER.match(name) else "other"
 
 
+def bytes_of(instruction: Instruction) -> int:
+    """What a thread moves with one access to memory: 4 bytes where no suffix says otherwise."""
+    widths = {"8": 1, "16": 2, "64": 8, "128": 16, "256": 32}
+    suffixes = (suffix.lstrip("US") for suffix in instruction.opcode.split(".")[1:])
+    return next((widths[suffix] for suffix in suffixes if suffix in widths), 4)
+
+
 @dataclass(frozen=True)
 class Code:
     """The instructions of one kernel in order, and the place that each label stands for."""
@@ -158,15 +171,23 @@ class Code:
         With several, that of the most matrix instructions, and of those the shortest, since the longer ones mask what
         few blocks need; else that of the most memory instructions, else the longest. A loop that only waits is none.
         """
-        loops = [Counter(class_of(self.instructions[at]) for at in loop) for loop in self._innermost_loops()]
+        loops = [self._loop(loop, repeats=True) for loop in self._innermost_loops()]
         if not loops:
-            reached = Counter(class_of(self.instructions[at]) for block in self._flow() for at in block)
-            return Loop(reached.total(), {name: reached[name] for name in CLASSES}, repeats=False)
-        if any(loop["tensor"] for loop in loops):
-            hottest = max(loops, key=lambda loop: (loop["tensor"], -loop.total()))
-        else:
-            hottest = max(loops, key=lambda loop: (loop["memory"], loop.total()))
-        return Loop(hottest.total(), {name: hottest[name] for name in CLASSES}, repeats=True)
+            return self._loop((at for block in self._flow() for at in block), repeats=False)
+        if any(loop.mix["tensor"] for loop in loops):
+            return max(loops, key=lambda loop: (loop.mix["tensor"], -loop.instructions))
+        return max(loops, key=lambda loop: (loop.mix["memory"], loop.instructions))
+
+    def _loop(self, places: Iterable[int], repeats: bool) -> Loop:
+        inside = [self.instructions[at] for at in places]
+        classes = Counter(map(class_of, inside))
+        return Loop(
+            len(inside),
+            {name: classes[name] for name in CLASSES},
+            repeats,
+            global_bytes=sum(bytes_of(i) for i in inside if i.name in _GLOBAL),
+            spilled_bytes=sum(bytes_of(i) for i in inside if i.name in ("LDL", "STL")),
+        )
 
     def _innermost_loops(self) -> list[set[int]]:
         flow = self._flow()

@@ -78,7 +78,7 @@ def test_a_wait_behind_the_end_of_the_code_belongs_to_the_loop_that_waits() -> N
 
 def test_of_nested_loops_the_innermost_that_reads_memory_is_the_hottest() -> None:
     loop = parse(NESTED).hottest_loop()
-    assert loop == (3, {**dict.fromkeys(CLASSES, 0), "memory": 2, "control": 1}, True)
+    assert loop == (3, {**dict.fromkeys(CLASSES, 0), "memory": 2, "control": 1}, True, 8, 0)
     adds_only = parse(NESTED.replace("@P1 BRA `(.L_x_2)", "NOP")).hottest_loop()
     assert adds_only.mix["float"] == 3
 
@@ -88,6 +88,12 @@ def test_code_without_a_loop_is_counted_once_as_a_whole_without_what_is_never_re
     loop = parse(listing(*skips, ".L_x_1:", "BRA `(.L_x_1)", "NOP", "NOP")).hottest_loop()
     assert not loop.repeats
     assert loop.instructions == 4
+
+
+def test_the_bytes_of_a_loop_are_those_of_its_accesses_at_their_width() -> None:
+    turn = ["LDG.E.128 R0, [R2]", "LDG.E.U16 R4, [R2]", "STG.E [R2], R0", "STL.64 [R1], R4", "LDL R6, [R1]"]
+    loop = parse(listing(".L_x_0:", *turn, "@P0 BRA `(.L_x_0)", "STL.128 [R1], R4", "EXIT")).hottest_loop()
+    assert (loop.global_bytes, loop.spilled_bytes) == (16 + 2 + 4, 8 + 4)
 
 
 def test_spills_are_local_loads_and_stores_of_any_width() -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from tilewright.benchmarks.audit.audit import Task, floors, merged, run
 from tilewright.benchmarks.audit.peers.compare import compare
 from tilewright.benchmarks.audit.peers.counterpart import PEERS, matmuls_of, version_of
+from tilewright.benchmarks.audit.spilled import with_spills
 from tilewright.cli.clone import command_of
 from tilewright.kernels.registry import SPECS
 
@@ -49,7 +50,7 @@ def audit(peer: str, ops: Collection[str], chips: Sequence[int], console: Consol
         for interpreted in (False, True)
         for chip in chips
     ]
-    found = merged(run(tasks, console))
+    found = with_spills(merged(run(tasks, console)))
     products = matmuls_of(peer)
     specs = [replace(spec, matmuls=products.get(spec.name, {})) for spec in SPECS if not ops or spec.name in ops]
     return {"peer": peer, "version": version, **found, "floors": list(floors(specs, chips, found))}
