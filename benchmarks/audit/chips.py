@@ -9,7 +9,6 @@ from tilewright.kernels.ahead_of_time import SHARED_MEMORY
 from tilewright.kernels.launch import PROCESSORS
 
 _KIB = 1024
-_MIB = 1024 * _KIB
 _WARP = 32  # threads
 
 # How resources are handed out, alike on all three generations: registers to a warp in units of 256, warps to a
@@ -32,7 +31,6 @@ class Chip:
         registers: 32-bit registers of one multiprocessor.
         shared_memory: bytes of one multiprocessor.
         warps, blocks: resident on one multiprocessor at most.
-        l2_cache: bytes, for all multiprocessors.
         peak_bandwidth: bytes of device memory per second.
         peak_flops: bfloat16 operations of the tensor cores per second.
     """
@@ -42,7 +40,6 @@ class Chip:
     shared_memory: int
     peak_bandwidth: float
     peak_flops: float
-    l2_cache: int
     registers: int = 64 * _KIB
     warps: int = 64
     blocks: int = 32
@@ -60,14 +57,13 @@ class Chip:
 
 # Limits of a multiprocessor: CUDA C++ Programming Guide, technical specifications of compute capability 8.0, 9.0, 10.0.
 CHIPS = {
-    # A100 datasheet, A100 80GB SXM: 2,039 GB/s; 312 TFLOPS dense. Ampere white paper: 40 MB of L2 cache.
-    80: Chip("A100-SXM4-80GB", 80, 164 * _KIB, peak_bandwidth=2.039e12, peak_flops=312e12, l2_cache=40 * _MIB),
-    # H100 datasheet, H100 SXM: 3.35 TB/s; 1,979 TFLOPS with sparsity, dense half of it (989.4 in the white paper, which
-    # has 50 MB of L2 cache).
-    90: Chip("H100-SXM5-80GB", 90, 228 * _KIB, peak_bandwidth=3.35e12, peak_flops=989e12, l2_cache=50 * _MIB),
+    # A100 datasheet, A100 80GB SXM: 2,039 GB/s; 312 TFLOPS dense.
+    80: Chip("A100-SXM4-80GB", 80, 164 * _KIB, peak_bandwidth=2.039e12, peak_flops=312e12),
+    # H100 datasheet, H100 SXM: 3.35 TB/s; 1,979 TFLOPS with sparsity, dense half of it (989.4 in the white paper).
+    90: Chip("H100-SXM5-80GB", 90, 228 * _KIB, peak_bandwidth=3.35e12, peak_flops=989e12),
     # Blackwell Architecture Technical Brief 2.1, table 3, a GPU of HGX B200: 7.7 TB/s, where the first announcements
-    # said 8; 4.5 PFLOPS with sparsity, dense half of it. Blackwell Tuning Guide: 126 MB of L2 cache.
-    100: Chip("B200", 100, 228 * _KIB, peak_bandwidth=7.7e12, peak_flops=2250e12, l2_cache=126 * _MIB),
+    # said 8; 4.5 PFLOPS with sparsity, dense half of it.
+    100: Chip("B200", 100, 228 * _KIB, peak_bandwidth=7.7e12, peak_flops=2250e12),
 }
 
 
