@@ -47,6 +47,11 @@ setup(
         ],
         # What `tilewright audit --against` compares with.
         "peers": ["liger-kernel>=0.8.5", "flash-linear-attention>=0.6"],
+        # Where a run's figures can be sent to as well: the recipe's `tracking`.
+        "wandb": ["wandb>=0.22"],
+        "mlflow": ["mlflow>=3.5"],
+        # The recipe's `float8`.
+        "float8": ["torchao>=0.18"],
         # To put the kernels into models of transformers: tilewright.kernels.patch and register_attention.
         "transformers": ["transformers>=5.23"],
     },

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 
 from tilewright.cli import audit, benchmark, corpus, doctor, evaluate, generate, replay, train, watch
 from tilewright.corpus import CorpusError
-from tilewright.trainer.errors import TrainingError, disk_error_text
+from tilewright.trainer.errors import AnotherProcessEnded, TrainingError, disk_error_text, tell_launcher
 
 _EPILOG = """\
 a first run:
@@ -19,6 +21,8 @@ a first run:
 on many processes or GPUs:
   torchrun --nproc-per-node 8 -m tilewright.cli train RECIPE
 """
+# What torchrun has to see the process that died before those that end for it: it takes the first it sees as the cause.
+_FIRST_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,14 +31,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed))
     except (TrainingError, CorpusError) as error:
-        print(f"{_rank()}tilewright: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, str(error))
     except OSError as error:
-        print(f"{_rank()}tilewright: {disk_error_text(error)}", file=sys.stderr)
-        return 2
+        return _failed(error, disk_error_text(error))
     except KeyboardInterrupt:
         print(f"{_rank()}tilewright: interrupted; the same command starts again from what is complete", file=sys.stderr)
         return 130
+    except Exception:
+        tell_launcher(traceback.format_exc())
+        raise
+
+
+def _failed(error: Exception, text: str) -> int:
+    """Say why, to the user and to a launcher."""
+    print(f"{_rank()}tilewright: {text}", file=sys.stderr, flush=True)
+    if isinstance(error, AnotherProcessEnded) and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_FIRST_SECONDS)
+    tell_launcher(text)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,10 +21,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tilewright.kernels.registry import SPECS
+from tilewright.model.config import ModelConfig
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.recipe import ActivationCheckpointing
 
-_MATMULS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
+_MATMULS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"))
 
 
 def checkpoint_activations(
@@ -39,9 +40,7 @@ def checkpoint_activations(
     Raises:
         TrainingError: `keep` names what is no kernel.
     """
-    # On a GPU no one has seen yet what the compiler then makes of the Triton ops.
-    automatic = "selective" if compiled and device_type == "cpu" else "none"
-    mode = automatic if recipe.mode == "auto" else recipe.mode
+    mode = _mode(recipe, compiled, device_type)
     # The compiler's own setting, which concerns every graph that this process compiles from here on.
     torch._functorch.config.activation_memory_budget = recipe.budget if mode == "budget" else 1.0
     if mode == "full":
@@ -51,6 +50,47 @@ def checkpoint_activations(
         contexts = functools.partial(create_selective_checkpoint_contexts, _policy(recipe.keep))
         for block in blocks:
             _wrap(block, contexts)
+
+
+def recomputed_flops_per_token(
+    recipe: ActivationCheckpointing,
+    config: ModelConfig,
+    sequence_length: int,
+    *,
+    compiled: bool,
+    device_type: str,
+) -> int | None:
+    """Floating-point operations that the backward pass spends on each token to compute activations again.
+
+    Counted as in `ModelConfig.flops_per_token`: matrix products and attention, the causal mask not deducted. A block
+    that is computed again stops short of its last matrix product, whose result no gradient needs; where attention is
+    kept, the rest is still computed. What a kernel computes twice within itself is its own affair and counts once.
+
+    Args:
+        compiled, device_type: as for `checkpoint_activations`.
+
+    Returns:
+        None in mode ``budget``, where the compiler chooses and does not tell.
+    """
+    mode = _mode(recipe, compiled, device_type)
+    if mode == "none" or (mode == "budget" and recipe.budget >= 1):
+        return 0
+    if mode == "budget":
+        return None
+    last = config.hidden_size * config.intermediate_size
+    head = config.hidden_size * config.vocab_size
+    matmul = 2 * (config.matmul_parameters() - head - config.layers * last)
+    attention = 4 * config.layers * config.heads * config.head_dim * sequence_length
+    kept = recipe.keep if mode == "selective" else []
+    return matmul * ("matmul" not in kept) + attention * ("attention" not in kept)
+
+
+def _mode(recipe: ActivationCheckpointing, compiled: bool, device_type: str) -> str:
+    """The mode, with ``auto`` made up."""
+    if recipe.mode != "auto":
+        return recipe.mode
+    # On a GPU no one has seen yet what the compiler then makes of the Triton ops.
+    return "selective" if compiled and device_type == "cpu" else "none"
 
 
 def _wrap(block: nn.Module, contexts: Callable[[], Any] | None) -> None:

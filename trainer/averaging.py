@@ -3,7 +3,8 @@
     a_t = Σ_{s=1…t} (1 − d) dᵗ⁻ˢ w_s ÷ (1 − dᵗ)        w_s: the weights after step s; d: the decay
 
 The division makes the coefficients add up to 1, so that the initial weights have no part in it, as in Adam's averages
-(arXiv:1412.6980). The same, step by step: a_t = a_{t−1} + (1 − d) / (1 − dᵗ) · (w_t − a_{t−1}).
+(arXiv:1412.6980). The same, step by step: a_t = a_{t−1} + (1 − d) / (1 − dᵗ) · (w_t − a_{t−1}). Where a run begins to
+keep it after some steps, the weights after the last of these stand for those after all of them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from torch import nn
 
 from tilewright.kernels.shards import local
 
+AVERAGE = "average."
+
 
 def averaged_state(averages: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Averages by their parameters' names as a checkpoint has them: ``average.NAME``."""
-    return {f"average.{name}": average for name, average in averages.items()}
+    return {AVERAGE + name: average for name, average in averages.items()}
 
 
 class WeightAverage:
@@ -37,6 +40,12 @@ class WeightAverage:
             name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
             for name, parameter in self._parameters.items()
         }
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take the weights as they are for the average so far."""
+        for average, parameter in self._pairs():
+            average.copy_(parameter)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

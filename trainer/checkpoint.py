@@ -1,10 +1,11 @@
 """Checkpoints: written with DCP, committed by a marker that comes last, verified before they are read.
 
-A checkpoint is a directory ``checkpoints/step-00000100`` that holds one file of tensors a process, DCP's
-``.metadata``, and ``COMMITTED.json``, which names every file with its size and SHA-256. It counts only once the marker
-is in place, which one atomic rename does after everything else is on disk, so a run killed at any instant finds its
-last committed checkpoint whole. It holds tensors alone, and reading it runs no code from it: tensors are read with
-``weights_only``, and the metadata, which DCP pickles, by an unpickler that knows the few classes that belong there.
+A checkpoint is a folder ``step-00000100``, in the run directory's ``checkpoints`` or wherever ``checkpoints.folder``
+says, that holds one file of tensors a process, DCP's ``.metadata``, and ``COMMITTED.json``, which names every file with
+its size and SHA-256. It counts only once the marker is in place, which comes there whole, by an atomic rename or as one
+object, after everything else is stored, so a run killed at any instant finds its last committed checkpoint whole. It
+holds tensors alone, and reading it runs no code from it: tensors are read with ``weights_only``, and the metadata,
+which DCP pickles, by an unpickler that knows the few classes that belong there.
 """
 
 from __future__ import annotations
@@ -12,11 +13,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tilewright.trainer.checkpoint_files import MARKER, Committed, committed
-from tilewright.trainer.checkpoint_reader import load
+from tilewright.trainer.checkpoint_files import MARKER, Committed, checkpoint_folder, checkpoint_of, committed
+from tilewright.trainer.checkpoint_reader import load, seen_by_the_first
 from tilewright.trainer.checkpoint_writer import CheckpointWriter
 
-__all__ = ["MARKER", "CheckpointWriter", "Committed", "committed", "load", "training_state"]
+__all__ = [
+    "MARKER",
+    "CheckpointWriter",
+    "Committed",
+    "checkpoint_folder",
+    "checkpoint_of",
+    "committed",
+    "load",
+    "seen_by_the_first",
+    "training_state",
+]
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:

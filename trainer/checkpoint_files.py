@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk: its files, their fingerprints, and the marker that makes it count."""
+"""What a checkpoint is where it is stored: its files, their fingerprints, and the marker that makes it count."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tilewright.trainer.run_directory import write_atomically
+from tilewright.trainer.storage import Location, location, remove_folder, size_of, write_whole
 
 MARKER = "COMMITTED.json"
 METADATA = ".metadata"
@@ -25,7 +24,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 class Committed:
     """A committed checkpoint: where it is, and the step after which it was taken."""
 
-    path: Path
+    path: Location
     step: int
 
 
@@ -36,52 +35,77 @@ class Fingerprint(NamedTuple):
     digest: str
 
     @classmethod
-    def of(cls, path: Path) -> Fingerprint:
+    def of(cls, path: Location) -> Fingerprint:
         """That of a file as it is now, which is read whole."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(path.stat().st_size, digest)
+        return cls(size_of(path), digest)
 
 
-def checkpoint_directory(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:08d}"
+def checkpoint_folder(run: Path, folder: str = "") -> Location:
+    """Where the checkpoints of a run lie: in its directory, or under its name in `folder`, ``checkpoints.folder``.
+
+    Raises:
+        TrainingError: `folder` is on a file system that nothing here can read; see `location`.
+    """
+    return location(folder) / run.resolve().name if folder else run / "checkpoints"
 
 
-def committed(run: Path) -> list[Committed]:
-    """The committed checkpoints of a run, oldest first."""
-    return [checkpoint for checkpoint in _directories(run) if (checkpoint.path / MARKER).is_file()]
+def checkpoint_of(folder: Location, step: int) -> Committed:
+    """What the checkpoint of a step is called."""
+    return Committed(folder / f"step-{step:08d}", step)
 
 
-def uncommitted(run: Path) -> list[Path]:
+def committed(run: Path, folder: str = "") -> list[Committed]:
+    """The committed checkpoints of a run, oldest first; see `checkpoint_folder`.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return committed_in(checkpoint_folder(run, folder))
+
+
+def committed_in(folder: Location) -> list[Committed]:
+    """The committed checkpoints that lie in a folder, oldest first.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return [checkpoint for checkpoint in _named_in(folder) if (checkpoint.path / MARKER).is_file()]
+
+
+def uncommitted_in(folder: Location) -> list[Location]:
     """What was left of checkpoints that were never committed, or were being removed, when their process died."""
-    return [checkpoint.path for checkpoint in _directories(run) if not (checkpoint.path / MARKER).is_file()]
+    return [checkpoint.path for checkpoint in _named_in(folder) if not (checkpoint.path / MARKER).is_file()]
 
 
 def commit(checkpoint: Committed, files: Mapping[str, Fingerprint], heldout_loss: float | None) -> None:
-    """Put the marker in place, by one atomic rename, and make the names of all files durable.
+    """Put the marker in place, whole or not at all, and make the names of all files durable.
 
     Args:
-        files: every file of the checkpoint by name; their contents are on disk.
+        files: every file of the checkpoint by name; their contents are stored.
         heldout_loss: of the model in it, in nats a token, where it was evaluated.
     """
     marker = {"format": FORMAT, "step": checkpoint.step, "heldout_loss": heldout_loss, "files": files}
-    write_atomically(checkpoint.path / MARKER, json.dumps(marker, indent=1))
-    for directory in (checkpoint.path, checkpoint.path.parent, checkpoint.path.parent.parent):
-        _sync_directory(directory)
+    write_whole(checkpoint.path / MARKER, json.dumps(marker, indent=1))
+    if isinstance(checkpoint.path, Path):
+        for directory in (checkpoint.path, checkpoint.path.parent, checkpoint.path.parent.parent):
+            _sync_directory(directory)
 
 
 def marked_files(checkpoint: Committed) -> dict[str, Fingerprint]:
     """The files that the marker names.
 
     Raises:
-        ValueError: the marker is not one that this version wrote.
+        ValueError: the marker is missing, or not one that this version wrote.
+        OSError: it cannot be read, which says nothing of what it holds.
     """
     try:
         marker = json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8"))
         files = {str(name): Fingerprint(int(size), str(digest)) for name, (size, digest) in marker["files"].items()}
-        fits = marker["format"] == FORMAT and marker["step"] == checkpoint.step and METADATA in files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        in_the_folder = all("/" not in name and name not in ("", ".", "..") for name in files)
+        fits = marker["format"] == FORMAT and marker["step"] == checkpoint.step and METADATA in files and in_the_folder
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise ValueError(f"{checkpoint.path / MARKER} is not one that this version wrote")
@@ -89,27 +113,33 @@ def marked_files(checkpoint: Committed) -> dict[str, Fingerprint]:
 
 
 def recorded_loss(checkpoint: Committed) -> float | None:
-    """The loss on held-out text that the marker records, in nats a token; None where there is none."""
+    """The loss on held-out text that the marker records, in nats a token; None where there is none.
+
+    Raises:
+        OSError: the marker cannot be read, and may record one.
+    """
     try:
         loss = json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8")).get("heldout_loss")
-    except (OSError, ValueError, AttributeError):
+    except (ValueError, AttributeError):
         return None
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
-def discard(path: Path) -> None:
+def discard(path: Location) -> None:
     """Remove what is named like a checkpoint; if that is cut short, what is left does not count as one.
 
     Raises:
         OSError: it is committed and stays so, for its marker cannot be removed.
     """
     (path / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    remove_folder(path)
 
 
-def _directories(run: Path) -> list[Committed]:
+def _named_in(folder: Location) -> list[Committed]:
     """Whatever is named like a checkpoint, oldest first."""
-    named = [(path, _NAME.fullmatch(path.name)) for path in (run / "checkpoints").glob("step-*")]
+    if isinstance(folder, Path) and not folder.is_dir():
+        return []
+    named = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()]
     return sorted((Committed(path, int(name[1])) for path, name in named if name), key=lambda found: found.step)
 
 

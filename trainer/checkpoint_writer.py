@@ -1,7 +1,7 @@
 """Writing checkpoints while training goes on: a copy on the host, a thread that writes it, the marker last.
 
     writer.save(state, step)    main thread: wait for the save before, copy the tensors, go on
-                                background, on every process: directory → own file → its fingerprint
+                                background, on every process: directory → own file, its fingerprint taken on the way
                                 then the first process alone: marker → drop what is superseded
 
 The threads of the processes meet in a process group of their own: collectives of one group must come in the same order
@@ -10,11 +10,11 @@ everywhere, and nobody knows between which of the training's these fall.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
+import hashlib
 import io
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -25,26 +25,33 @@ from typing import Any, Self, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from tilewright.trainer.checkpoint_files import (
     MARKER,
-    METADATA,
     Committed,
     Fingerprint,
-    checkpoint_directory,
+    checkpoint_folder,
+    checkpoint_of,
     commit,
-    committed,
+    committed_in,
     discard,
     recorded_loss,
-    uncommitted,
+    uncommitted_in,
 )
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.hang import alive
 from tilewright.trainer.parallel import World
 from tilewright.trainer.recipe import Checkpoints
+from tilewright.trainer.storage import Files, Location, remove_folder, size_of
 
 _T = TypeVar("_T")
+# How often a process that waits for the others' parts of a checkpoint says that it is alive.
+_ALIVE_SECONDS = 1.0
 
 
 class CheckpointWriter:
@@ -62,10 +69,12 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, world: World, options: Checkpoints) -> None:
-        self._run, self._world, self._options = run, world, options
+        self._world, self._options = world, options
+        self._folder = checkpoint_folder(run, options.folder)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_use_device, initargs=(world.device,))
         self._save: Future[None] | None = None
+        self._at_work = False  # on this process's own part of a checkpoint, rather than waiting for the others
 
     @property
     def in_flight(self) -> bool:
@@ -89,19 +98,25 @@ class CheckpointWriter:
                 committed is untouched.
         """
         self.wait()
-        if self._options.asynchronous:
-            self._save = self._thread.submit(self._write, staged(state), step, heldout_loss)
-        else:
-            self._write(state, step, heldout_loss)
+        asynchronous = self._options.asynchronous
+        self._save = self._thread.submit(self._write, staged(state) if asynchronous else state, step, heldout_loss)
+        if not asynchronous:
+            self.wait()
 
     def wait(self) -> None:
         """Return when no save is in flight any more.
+
+        A process that hangs in its own part of it is the hang watch's; one that waits for the others' parts is alive,
+        for as long as they may take: each of them is watched where it is.
 
         Raises:
             TrainingError: the one that was has failed; see `save`.
         """
         save, self._save = self._save, None
         if save is not None:
+            while not concurrent.futures.wait([save], timeout=_ALIVE_SECONDS).done:
+                if not self._at_work:
+                    alive()
             save.result()
 
     def __enter__(self) -> Self:
@@ -119,11 +134,12 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def _write(self, state: dict[str, torch.Tensor], step: int, loss: float | None) -> None:
-        checkpoint = Committed(checkpoint_directory(self._run, step), step)
+        checkpoint = checkpoint_of(self._folder, step)
+        writer = _Writer(checkpoint.path, self._own_part)
         try:
             self._together(lambda: self._make_room(checkpoint))
-            dcp_save(state, storage_writer=_Writer(checkpoint.path), process_group=self._group)
-            written = self._together(lambda: self._fingerprints(checkpoint))
+            dcp_save(state, storage_writer=writer, process_group=self._group)
+            written = self._together(lambda: self._stored(checkpoint, writer.written))
             files = {name: fingerprint for part in written for name, fingerprint in part.items()}
             self._together(lambda: self._commit(checkpoint, files, loss))
         except (OSError, CheckpointException) as error:
@@ -137,38 +153,59 @@ class CheckpointWriter:
             discard(checkpoint.path)  # of a run that was killed before it committed, or went back
             checkpoint.path.mkdir(parents=True)
 
-    def _fingerprints(self, checkpoint: Committed) -> dict[str, Fingerprint]:
-        """Those of the files that this process wrote, read back, so that they describe what the disk holds."""
-        mine = [*checkpoint.path.glob(f"__{self._world.rank}_*.distcp")]
-        if self._world.first:
-            mine.append(checkpoint.path / METADATA)
-        return {file.name: Fingerprint.of(file) for file in mine}
+    def _stored(self, checkpoint: Committed, written: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
+        """`written`, the files of this process, once the storage has each in its full length.
+
+        Raises:
+            OSError: it has not.
+        """
+        for name, fingerprint in written.items():
+            size = size_of(checkpoint.path / name)
+            if size != fingerprint.size:
+                raise OSError(f"{name} has {size} bytes there where {fingerprint.size} were written")
+        return written
 
     def _commit(self, checkpoint: Committed, files: dict[str, Fingerprint], loss: float | None) -> None:
-        if self._world.first:
-            commit(checkpoint, files, loss)
-            old = [other.path for other in superseded(committed(self._run), self._options)]
-            for path in [*old, *uncommitted(self._run)]:
+        if not self._world.first:
+            return
+        commit(checkpoint, files, loss)
+        with contextlib.suppress(OSError):  # it counts; what is in the way is removed after the next one
+            old = [other.path for other in superseded(committed_in(self._folder), self._options)]
+            for path in [*old, *uncommitted_in(self._folder)]:
+                alive()
                 with contextlib.suppress(OSError):
                     discard(path)
 
     def _what_failed(self, checkpoint: Committed, cause: OSError) -> str:
         """One sentence for what a full or failing disk raised; what was half written is removed."""
-        if self._world.first and not (checkpoint.path / MARKER).is_file():
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
-        kept = [other for other in committed(self._run) if other != checkpoint]
-        rest = f"the checkpoint of step {kept[-1].step} is untouched" if kept else "no earlier one was written"
-        what = "no space is left on the disk" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else str(cause)
+        rest = "the earlier ones are as they were"
+        with contextlib.suppress(OSError):  # a storage that fails may not answer this either
+            if self._world.first and not (checkpoint.path / MARKER).is_file():
+                remove_folder(checkpoint.path)
+            kept = [other for other in committed_in(self._folder) if other != checkpoint]
+            rest = f"the checkpoint of step {kept[-1].step} is untouched" if kept else "no earlier one was written"
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        what, mend = ("no space is left on the disk", "make room") if full else (str(cause), "mend that")
         return (
-            f"the checkpoint of step {checkpoint.step} could not be written to {checkpoint.path.parent}: {what}; "
-            f"{rest}: make room and give the same command again"
+            f"the checkpoint of step {checkpoint.step} could not be written to {self._folder}: {what}; "
+            f"{rest}: {mend} and give the same command again"
         )
+
+    @contextlib.contextmanager
+    def _own_part(self) -> Iterator[None]:
+        """Within the block the thread works on this process's part of a checkpoint."""
+        self._at_work = True
+        try:
+            yield
+        finally:
+            self._at_work = False
 
     def _together(self, work: Callable[[], _T]) -> list[_T]:
         """What `work` gives on each process, in the order of ranks; its OSError on any of them is raised on all."""
         outcome: tuple[_T | None, OSError | None]
         try:
-            outcome = (work(), None)
+            with self._own_part():
+                outcome = (work(), None)
         except OSError as error:
             outcome = (None, error)
         outcomes = [outcome] * self._world.size
@@ -207,28 +244,53 @@ def superseded(checkpoints: Sequence[Committed], options: Checkpoints) -> list[C
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer of synced files, which says so when the disk was full."""
+    """DCP's writer to any storage, which takes the fingerprints of the files and says so when the disk was full."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, sync_files=True)
-        self.fs = _Files()
+    def __init__(self, path: Location, own_part: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        # A remote file is stored when it is closed; DCP would sync every disk of the machine for it.
+        super().__init__("", sync_files=isinstance(path, Path))
+        self._files, self._own_part = _FingerprintedFiles(), own_part
+        self.fs, self.path = self._files, path  # type: ignore[assignment]
+
+    @property
+    def written(self) -> dict[str, Fingerprint]:
+        """The files that this process has written, by name."""
+        return {name: file.fingerprint() for name, file in self._files.written.items()}
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Where it is, for the metadata."""
+        return str(self.path)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Write what is this process's to write."""
+        with self._own_part():
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the metadata, on the first process."""
+        with self._own_part():
+            super().finish(metadata, results)
 
 
-class _Files(FileSystem):
-    """DCP's file system, but for what a failed write raises.
+class _FingerprintedFiles(Files):
+    """DCP's file system, but for what a failed write raises, and what it knows of the files written.
 
     `torch.save` loses the OSError of a stream that it writes to and raises a RuntimeError about positions in its place.
     """
 
+    def __init__(self) -> None:
+        self.written: dict[str, _FingerprintedFile] = {}
+
     @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         """A file, opened in `mode`; within the block its own OSError goes before what came of it.
 
         Raises:
             OSError: see `open`, and for what is written in the block.
         """
         with super().create_stream(path, mode) as stream:
-            file = _RememberingFile(stream)
+            file = self.written[path.name] = _FingerprintedFile(stream)
             try:
                 yield cast(io.IOBase, file)
             except RuntimeError:
@@ -236,20 +298,34 @@ class _Files(FileSystem):
                     raise file.error from None
                 raise
 
+    def rename(self, path: Any, new_path: Any) -> None:
+        """Rename a file."""
+        super().rename(path, new_path)
+        self.written[new_path.name] = self.written.pop(path.name)
 
-class _RememberingFile:
-    """A file that is written to, and the error of a write."""
+
+class _FingerprintedFile:
+    """A file that is written to from its beginning to its end, and the error of a write."""
 
     def __init__(self, file: Any) -> None:
-        self._file = file
+        self._file, self._hash, self._size = file, hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        alive()
+        self._hash.update(data)
         try:
-            return int(self._file.write(data))
+            self._file.write(data)  # all of it; what this returns differs between file systems
         except OSError as error:
             self.error = error
             raise
+        size = memoryview(data).nbytes
+        self._size += size
+        return size
+
+    def fingerprint(self) -> Fingerprint:
+        """Of what was written: of what was meant, whatever became of it on the way to the disk."""
+        return Fingerprint(self._size, self._hash.hexdigest())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

@@ -11,9 +11,9 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeGuard, Unpack
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -155,6 +155,7 @@ class Display:
                 ("grad norm", decimal(line["grad_norm"])),
                 ("memory", gigabytes(line["peak_memory_bytes"])),
                 ("tokens", short(line["tokens"])),
+                *_further_figures(line),
             ]
         columns = 3 if self.console.width >= 70 else 2
         grid = Table.grid(padding=(0, 2))
@@ -207,6 +208,8 @@ class _Progress:
         self._started = self.clock()
 
     def step(self, line: TrainingLine) -> None:
+        if line["step"] <= self.steps_done:
+            self._recent.clear()  # the run went back: what it took between two of these steps says nothing
         self.line = line
         self.steps_done = line["step"]
         self.losses.add(line["loss"])
@@ -236,6 +239,20 @@ def _bar(done: int, total: int) -> Table:
     part = done / max(total, 1)
     row.add_row(ProgressBar(total=1.0, completed=part), f"step {done:,}/{total:,}  {part:.0%}")
     return row
+
+
+def _further_figures(line: TrainingLine) -> Iterator[tuple[str, str]]:
+    """What is not known of every step, nor in the record of an older version."""
+    if _is_known(hfu := line.get("hfu")) and hfu != line["mfu"]:
+        yield "HFU", percent(hfu)
+    if _is_known(overall := line.get("tokens_per_second_since_start")):
+        yield "since start", f"{overall:,.0f}/s"
+    if _is_known(activations := (line.get("memory") or {}).get("activations")):
+        yield "activations", gigabytes(activations)
+
+
+def _is_known(figure: float | None) -> TypeGuard[float]:
+    return figure is not None and math.isfinite(figure)
 
 
 def _evaluation_text(result: Mapping[str, float]) -> str:

@@ -26,11 +26,13 @@ from tilewright.kernels.linear_chunks import chunk_rows
 from tilewright.model import Transformer
 from tilewright.trainer.activations import checkpoint_activations
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.float8 import check_float8
 from tilewright.trainer.held_memory import held_bytes
 from tilewright.trainer.live_memory import LiveBytes
 from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, check_batch, sharded_model
+from tilewright.trainer.parallel import World, sharded_model
 from tilewright.trainer.recipe import Recipe
+from tilewright.trainer.stages import check_batches, largest_batch
 from tilewright.trainer.traffic import Traffic, Volume, step_traffic
 
 
@@ -81,15 +83,16 @@ class Plan:
 
 
 def plan(recipe: Recipe, as_if: str) -> Plan:
-    """Predict a run of `recipe` on the GPUs that `as_if` names, such as ``256xH100``.
+    """Predict a run of `recipe` on the GPUs that `as_if` names, such as ``256xH100``, at its largest batch.
 
     Raises:
         TrainingError: `as_if` names no such GPUs, or the recipe does not fit their number.
     """
     world_size, name = _parse(as_if)
-    check_batch(recipe.batch.sequences, recipe.batch.micro_batch, world_size)
+    check_batches(recipe.batch, world_size)
+    check_float8(recipe.float8, GPUS[name].generation)
     dtype = getattr(torch, recipe.compute_dtype)
-    micro_batches = recipe.batch.sequences // world_size // recipe.batch.micro_batch
+    micro_batches = largest_batch(recipe.batch) // world_size // recipe.batch.micro_batch
     with _fake_world(world_size) as world:
         model = sharded_model(
             recipe.model, world, compute_dtype=dtype, compile=False, seed=recipe.seed, parallel=recipe.parallel

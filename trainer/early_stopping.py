@@ -16,17 +16,19 @@ def no_longer_improves(evaluations: Sequence[Mapping[str, Any]], name: str, reci
 
     Args:
         evaluations: lines of ``metrics.jsonl``, in the order of their steps.
-        name: of the evaluated set. A loss that is not finite, null in the record, is no better than any. Nor is one
-            over other text than the one before it, as a run's last is over all of it; later ones compare with it.
+        name: of the evaluated set. A loss that is not finite, null in the record, is no better than any. Losses are
+            compared over the same text alone, told by its tokens: a run's last, over all of it, counts for no others.
     """
     if recipe.stop_after == 0:
         return False
-    best, tokens, since = math.inf, None, 0
+    best: dict[int | None, float] = {}
+    since = 0
     for line in evaluations:
         result = line["eval"].get(name, {})
         loss = math.inf if result.get("loss") is None else result["loss"]
-        same_text = tokens in (None, result.get("tokens"))
-        better = same_text and loss < best - recipe.stop_margin
-        best = loss if better or not same_text else best
-        tokens, since = result.get("tokens"), 0 if better else since + 1
+        text = result.get("tokens")
+        better = loss < best.get(text, math.inf) - recipe.stop_margin
+        if text in best or not best:
+            since = 0 if better else since + 1
+        best[text] = loss if better else best.get(text, math.inf)
     return since >= recipe.stop_after

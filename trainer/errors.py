@@ -1,4 +1,11 @@
-"""The one exception of the trainer."""
+"""The exception of the trainer, and how a launcher hears of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
 
 
 class TrainingError(Exception):
@@ -6,6 +13,30 @@ class TrainingError(Exception):
 
     The command line prints the message alone and exits with status 2.
     """
+
+
+class AnotherProcessEnded(TrainingError):
+    """The run cannot go on because another of its processes has ended, of whom only that much is known here.
+
+    Args:
+        rank: which, where that is known.
+    """
+
+    def __init__(self, rank: int | None = None) -> None:
+        which = "another process" if rank is None else f"process {rank}"
+        super().__init__(f"{which} of this run ended first; its own message says why")
+
+
+def tell_launcher(reason: str) -> None:
+    """Leave the reason why this process fails where ``torchrun`` looks for it, to show it among its own last lines.
+
+    Does nothing without ``torchrun``. The file is that of `torch.distributed.elastic.multiprocessing.errors`.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(told, file)
 
 
 def disk_error_text(error: OSError) -> str:

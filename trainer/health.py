@@ -9,7 +9,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -77,10 +77,12 @@ class HealthCheck:
     ) -> None:
         self._run, self._recipe, self._rank = run, recipe, processes.rank
         self._loss_scale, self._tell, self._documents = loss_scale, tell, documents
-        recent: tuple[list[float], int] = ([], 0)
-        if processes.first and (run / METRICS).is_file():
-            recent = _recent(read_metrics(run / METRICS)[0], recipe.spike_window, scaled=loss_scale is not None)
-        losses, self.skipped = cast(tuple[list[float], int], processes.share(recent))
+
+        def recent() -> tuple[list[float], int]:
+            lines = read_metrics(run / METRICS)[0] if (run / METRICS).is_file() else []
+            return _recent(lines, recipe.spike_window, scaled=loss_scale is not None)
+
+        losses, self.skipped = processes.first_decides(recent)
         self._losses = LossWatch(recipe, losses)
 
     def limit(self) -> float:
@@ -88,14 +90,25 @@ class HealthCheck:
         return self._losses.limit()
 
     def look_after(
-        self, step: int, result: StepResult, limit: float, micro_batches: list[MicroBatch], samples: list[range]
-    ) -> None:
+        self,
+        step: int,
+        result: StepResult,
+        limit: float,
+        micro_batches: list[MicroBatch],
+        samples: list[range],
+        *,
+        may_go_back: bool,
+    ) -> str | None:
         """Tell of a step that stands out, keep what one that was skipped worked on, and end after too many of those.
 
         Args:
             step: counted from 1.
             limit: what `limit` said before the step.
             samples: of each micro-batch.
+            may_go_back: whether there is a checkpoint to go back to.
+
+        Returns:
+            Why the run is to go back, where the recipe has it do that.
 
         Raises:
             TrainingError: ``health.bad_steps`` in a row were skipped.
@@ -105,23 +118,27 @@ class HealthCheck:
             self.skipped = 0
             if result.loss > limit:
                 self._tell(f"step {step}: the loss is {result.loss:.4g}, a spike above {limit:.4g}")
-            return
+            return None
         if result.overflowed:
             assert self._loss_scale is not None
             scale = self._loss_scale.scale.item()
             self._tell(f"step {step} skipped: a float16 gradient overflowed; the loss scale is now {scale:g}")
-            return
+            return None
         self.skipped += 1
-        cause = f"the gradient's norm is {result.grad_norm}"
-        if math.isfinite(result.grad_norm):
+        spike, cause = math.isfinite(result.grad_norm), f"the gradient's norm is {result.grad_norm}"
+        if spike:
             cause = f"the loss is {result.loss:.4g}, a spike above {limit:.4g}"
         self._tell(f"step {step} skipped: {cause}; {self._keep(step, result, micro_batches, samples)}")
-        if self.skipped >= self._recipe.bad_steps:
+        too_many = self.skipped >= self._recipe.bad_steps
+        if self._recipe.spike == "rollback" and may_go_back and (spike or too_many):
+            return cause
+        if too_many:
             raise TrainingError(
                 f"training diverged: {cause}; {self.skipped} steps in a row were skipped (health.bad_steps); the "
                 "checkpoints are untouched; start another run with a lower optimizer.learning_rate or a longer "
                 "schedule.warmup_steps"
             )
+        return None
 
     def _keep(self, step: int, result: StepResult, micro_batches: list[MicroBatch], samples: list[range]) -> str:
         """Keep what a skipped step worked on; says where, or why it could not be, which is nothing to end a run for."""
@@ -157,14 +174,15 @@ def save_incident(
 
     ``incidents/step-00000012/rank-0.json`` says which samples, documents and losses each micro-batch had;
     ``rank-0.pt`` holds the tensors of those whose loss is not finite (of all, where each one is) and the state of the
-    random numbers.
+    random numbers. A run that went back and came to the same step with other samples keeps those in
+    ``step-00000012-2``.
 
     Args:
         step: that was skipped, counted from 1.
         samples: the global sample indices of each micro-batch.
         documents: the names of those that a sample reads from.
     """
-    folder = run / INCIDENTS / f"step-{step:08d}"
+    folder = _incident_folder(run, step, rank, samples)
     folder.mkdir(parents=True, exist_ok=True)
     losses = [
         float(loss) / max(micro.valid_tokens(), 1)
@@ -194,6 +212,26 @@ def save_incident(
     torch.save(tensors, folder / f"rank-{rank}.pt")
     write_atomically(folder / f"rank-{rank}.json", json.dumps(facts, indent=1))
     return folder
+
+
+def _incident_folder(run: Path, step: int, rank: int, samples: Sequence[range]) -> Path:
+    """Where an incident of a step is kept: not in place of one of other samples."""
+    first = run / INCIDENTS / f"step-{step:08d}"
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    mine = [[part.start, part.stop] for part in samples]
+    return next(
+        folder
+        for folder in itertools.chain([first], others)
+        if _samples_kept(folder / f"rank-{rank}.json") in (None, mine)
+    )
+
+
+def _samples_kept(facts: Path) -> list[list[int]] | None:
+    """The samples of each micro-batch of an incident; None where there is none, or half of one."""
+    try:
+        return [part["samples"] for part in json.loads(facts.read_text(encoding="utf-8"))["micro_batches"]]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 def _text(number: float) -> float | str:

@@ -11,11 +11,12 @@ from tilewright.kernels.shards import local
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of this process's ``parameters``, ``gradients`` (as a step makes them, of the parameters' dtype) and
     ``optimizer`` state."""
-    parameters = sum(_local_bytes(p) for p in model.parameters())
-    state = sum(_local_bytes(x) for kept in optimizer.state.values() for x in kept.values() if torch.is_tensor(x))
+    parameters = sum(local_bytes(p) for p in model.parameters())
+    state = sum(local_bytes(x) for kept in optimizer.state.values() for x in kept.values() if torch.is_tensor(x))
     return {"parameters": parameters, "gradients": parameters, "optimizer": state}
 
 
-def _local_bytes(x: torch.Tensor) -> int:
+def local_bytes(x: torch.Tensor) -> int:
+    """Bytes of this process's part of a tensor."""
     mine = local(x)
     return mine.numel() * mine.element_size()

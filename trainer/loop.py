@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from rich.console import Console
 
 from tilewright.corpus import Batch, MixtureStream, Prefetch, TrainStream
 from tilewright.trainer import checkpoint
-from tilewright.trainer.averaging import WeightAverage
+from tilewright.trainer.averaging import AVERAGE, WeightAverage
+from tilewright.trainer.checkpoint_identity import keep_identity, restore_identity
 from tilewright.trainer.data import (
     CORPUS,
     HELDOUT,
@@ -32,23 +32,30 @@ from tilewright.trainer.early_stopping import no_longer_improves
 from tilewright.trainer.environment import environment
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
+from tilewright.trainer.float8 import check_float8, check_torchao, generation_of
 from tilewright.trainer.hang import alive, hang_watch, not_watched
 from tilewright.trainer.health import HealthCheck
 from tilewright.trainer.held_memory import held_bytes
 from tilewright.trainer.interruption import Interruption
 from tilewright.trainer.loss_scale import LossScale
 from tilewright.trainer.metrics import METRICS, Metrics, TrainingLine, read_metrics
+from tilewright.trainer.observation import Observation
 from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
-from tilewright.trainer.parallel import World, check_batch, sharded_model, world
+from tilewright.trainer.parallel import World, sharded_model, world
 from tilewright.trainer.peak import measured_matmul_peak, peak_memory_bytes
+from tilewright.trainer.peers import ended_with_the_others
 from tilewright.trainer.quantities import gigabytes
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.report import write_report
+from tilewright.trainer.rollback import Rollback, Rollbacks
 from tilewright.trainer.run_directory import SUMMARY, choose_run_directory, locked, save_recipe, write_atomically
 from tilewright.trainer.schedule import learning_rate_factor
+from tilewright.trainer.stages import SAMPLE, DataPosition, check_batches, length_at, sequences_at, step_text
 from tilewright.trainer.step import MicroBatch, train_step
 from tilewright.trainer.summary import closing_text, finished_facts, write_summary
+from tilewright.trainer.tracking import check_installed
 from tilewright.trainer.trained import check_kernels, check_vocabulary
+from tilewright.trainer.waiting import SlowRanks
 
 
 @dataclass(frozen=True)
@@ -67,23 +74,27 @@ def train(recipe: Recipe, console: Console) -> Outcome:
     Raises:
         TrainingError, CorpusError: the recipe, the corpus or a checkpoint does not fit, or the disk is full.
     """
-    with world() as processes, ExitStack() as stack:
-        check_batch(recipe.batch.sequences, recipe.batch.micro_batch, processes.size)
+    with world() as processes, ended_with_the_others(processes) as leaving, ExitStack() as stack, leaving:
+        check_batches(recipe.batch, processes.size)
         check_kernels(processes.device, getattr(torch, recipe.compute_dtype))
+        check_float8(recipe.float8, generation_of(processes.device))
+        check_torchao(recipe.float8)
         data = open_data(recipe.data)
         check_vocabulary(recipe, data)
         stream = data.train_stream(sequence_length=recipe.data.sequence_length, seed=recipe.seed)
         run = processes.first_decides(lambda: _open_run(recipe, data, stack))
-        interruption = stack.enter_context(Interruption())
+        interruption = stack.enter_context(Interruption(recipe.health.stop_seconds))
         return _Training(recipe, data, stream, run, processes, interruption, console, stack).go()
 
 
 def _open_run(recipe: Recipe, data: TrainingData, stack: ExitStack) -> Path:
     """Choose and lock the run directory, and record in it what the run is made of."""
+    check_installed(recipe.tracking)
     run = choose_run_directory(recipe, lambda run: is_same_data(run, data))
     stack.enter_context(locked(run))
+    restore_identity(run, recipe)
     check_same_data(run, data)
-    for done in checkpoint.committed(run)[-1:]:
+    for done in checkpoint.committed(run, recipe.checkpoints.folder)[-1:]:
         if done.step > recipe.steps:
             raise TrainingError(
                 f"steps is {recipe.steps}, and {run} has come to step {done.step} already; raise steps, or name "
@@ -93,6 +104,7 @@ def _open_run(recipe: Recipe, data: TrainingData, stack: ExitStack) -> Path:
             (run / SUMMARY).unlink(missing_ok=True)  # of a run that had finished and now has more steps to go
     save_recipe(run, recipe)
     write_atomically(run / CORPUS, json.dumps(data.identity(), indent=1))
+    keep_identity(run, recipe)
     return run
 
 
@@ -110,6 +122,7 @@ class _Training:
         console: Console,
         stack: ExitStack,
     ) -> None:
+        began = time.time()
         self.recipe, self.data, self.stream, self.run = recipe, data, stream, run
         self.processes, self.interruption, self.stack = processes, interruption, stack
         self.heldout = data.heldout_streams(sequence_length=recipe.data.sequence_length)
@@ -124,30 +137,52 @@ class _Training:
             seed=recipe.seed,
             parallel=recipe.parallel,
             activation_checkpointing=recipe.activation_checkpointing,
+            float8=recipe.float8,
         )
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.loss_scale = LossScale(processes.device) if recipe.compute_dtype == "float16" else None
         decay = recipe.optimizer.ema_decay
         self.average = WeightAverage(self.model, decay) if decay else None
         self.writer = stack.enter_context(checkpoint.CheckpointWriter(run, processes, recipe.checkpoints))
-        self.step = self._resume()
+        self.step, self.position, self.averaged_from = 0, DataPosition(recipe.batch), 0
+        self._resume()
+        self.rollbacks = Rollbacks(run, processes, step=self.step, most=recipe.health.rollbacks)
+        if (sample := self.rollbacks.first_sample(self.step)) is not None:
+            self.position.go_on(self.step, sample)
         self.saved_step = self.step
         self.checkpoint_seconds: dict[str, float] = {}
         self.batches = stack.enter_context(Prefetch(self._read, first=self.step, depth=recipe.data.prefetch))
         self.evaluated: tuple[int, float] | None = None  # the last step that was, and its held-out loss
         self.metrics: Metrics | None = None
-        self.display: Display = NullDisplay()
+        self.display: Display = stack.enter_context(Display(console)) if processes.first else NullDisplay()
+        self.observation = Observation(
+            run,
+            recipe,
+            processes,
+            self.model,
+            self.optimizer,
+            self.average,
+            step=self.step,
+            began=began,
+            peak=self.peak,
+            tell=self.display.message,
+            stack=stack,
+        )
         if processes.first:
             write_atomically(run / "environment.json", json.dumps(environment(processes.device), indent=1))
             if self.step == 0 and (run / METRICS).exists():
                 # Killed before its first checkpoint, or its checkpoints are gone: what it recorded is kept.
                 (run / METRICS).replace(run / "metrics-before.jsonl")
-            self.metrics = Metrics(run, resume_step=self.step)
+            self.metrics = Metrics(run, resume_step=self.step, send=self.observation.send)
             stack.callback(self.metrics.close)
-            self.display = stack.enter_context(Display(console))
         self.stops_early = self._no_longer_improves()
-        self.health = HealthCheck(
-            run, recipe.health, processes, self.loss_scale, self.display.message, self.stream.documents
+        self.health = self._health_check()
+        self.slow_ranks = SlowRanks(
+            self.model,
+            shards=processes.size // recipe.parallel.replicas,
+            share=recipe.health.slow_rank,
+            gather=processes.gather,
+            tell=self.display.message,
         )
         stack.enter_context(hang_watch(run, processes.rank, recipe.health.hang_minutes))
         self.display.start(recipe.name, recipe.steps, self.step, self._facts())
@@ -157,7 +192,8 @@ class _Training:
         if self.step == 0:
             self._evaluate(self.recipe.evaluation.windows)
         while self.step < self.recipe.steps and not self.stops_early and not self._asked_to_stop():
-            self._one_step()
+            if not self._one_step():
+                continue
             last = self.step == self.recipe.steps
             if _due(self.step, self.recipe.evaluation.every) and not last:
                 self._evaluate(self.recipe.evaluation.windows)
@@ -172,8 +208,10 @@ class _Training:
         alive()
         return self._finish() if self.step == self.recipe.steps or self.stops_early else self._leave()
 
-    def _one_step(self) -> None:
+    def _one_step(self) -> bool:
+        """The next step, recorded; False: the run went back on it."""
         started, checkpoint_in_flight = time.perf_counter(), self.writer.in_flight
+        self.slow_ranks.begin_step()
         learning_rate = self.recipe.optimizer.learning_rate * learning_rate_factor(
             self.recipe.schedule, self.step, self.recipe.steps
         )
@@ -181,56 +219,95 @@ class _Training:
         asked = time.perf_counter()
         batches = self.batches.take(self.step)
         waited = time.perf_counter() - asked
-        micro_batches, limit = [self._micro_batch(batch) for batch in batches], self.health.limit()
-        result = train_step(
-            self.model,
-            self.optimizer,
-            micro_batches,
-            self.processes,
-            max_grad_norm=self.recipe.optimizer.max_grad_norm,
-            reduce_every=self.recipe.parallel.reduce == "every",
-            loss_scale=self.loss_scale,
-            loss_limit=limit if self.recipe.health.spike == "skip" else math.inf,
-        )
+        length, limit = length_at(self.recipe.data, self.step), self.health.limit()
+        micro_batches = [self._micro_batch(batch, length) for batch in batches]
+        with self.observation.profiled(self.step + 1):
+            result = train_step(
+                self.model,
+                self.optimizer,
+                micro_batches,
+                self.processes,
+                max_grad_norm=self.recipe.optimizer.max_grad_norm,
+                reduce_every=self.recipe.parallel.reduce == "every",
+                loss_scale=self.loss_scale,
+                loss_limit=limit if self.recipe.health.spike in ("skip", "rollback") else math.inf,
+            )
         self.step += 1
         alive()
         if self.average is not None:
             self.average.update(self.step)  # after a skipped step too: its formula counts them all
-        tokens = self.recipe.tokens_per_step()
+        tokens = self.recipe.data.sequence_length
+        first, after = self.position.first_sample(self.step - 1), self.position.first_sample(self.step)
         seconds = time.perf_counter() - started
-        rate = tokens / seconds
+        rate = (after - first) * tokens / seconds
         line: TrainingLine = {
             "step": self.step,
             "loss": result.loss,
             "lr": learning_rate,
             "grad_norm": result.grad_norm,
-            "tokens": self.step * tokens,
+            "tokens": after * tokens,
+            "sample": first,
+            "sequences": after - first,
+            "sequence_length": length,
             "tokens_per_second": rate,
-            "mfu": rate * self.recipe.model.flops_per_token(self.recipe.data.sequence_length) / self.peak,
             "peak_memory_bytes": peak_memory_bytes(self.processes.device),
             "data_wait": waited / seconds,
             "checkpoint_in_flight": checkpoint_in_flight,
             "grad_norms": result.grad_norms,
             "seconds": {"data": waited, **result.seconds, **self.checkpoint_seconds},
             "skipped": not result.stepped,
+            **self.observation.figures(
+                self.step, tokens=after * tokens, rate=rate, length=length, alone=not checkpoint_in_flight
+            ),
+            **self.slow_ranks.of_step(seconds),
         }
         self.checkpoint_seconds = {}
         if self.metrics is not None:
             self.metrics.train(**line)
         self.display.step(**line)
-        self.health.look_after(self.step, result, limit, micro_batches, list(self._samples(self.step - 1)))
+        samples, saved = list(self._samples(self.step - 1)), self.saved_step > 0
+        cause = self.health.look_after(self.step, result, limit, micro_batches, samples, may_go_back=saved)
+        if cause is not None:
+            self._go_back(cause)
+        return cause is None
+
+    def _health_check(self) -> HealthCheck:
+        tell, documents = self.display.message, self.stream.documents
+        return HealthCheck(self.run, self.recipe.health, self.processes, self.loss_scale, tell, documents)
+
+    def _go_back(self, cause: str) -> None:
+        """Go back to the newest checkpoint, and on from there with the samples after those of this step."""
+        self.writer.wait()
+        alive()
+        # The one that this process knows of, not what a listing has, which may lag behind.
+        newest = checkpoint.checkpoint_of(
+            checkpoint.checkpoint_folder(self.run, self.recipe.checkpoints.folder), self.saved_step
+        )
+        step, sample = self.step, self.position.first_sample(self.step)
+        self.rollbacks.add(Rollback(step, newest.step, sample, cause))
+        self._load(newest)
+        self.position.go_on(self.step, sample)
+        self.saved_step, self.evaluated = self.step, None
+        if self.metrics is not None:
+            self.metrics.roll_back(self.step)
+        self.health = self._health_check()
+        alive()
+        self.display.message(
+            f"step {step}: {cause}; back to the checkpoint of step {self.step}, on from there with sample {sample:,}"
+        )
 
     def _read(self, step: int) -> list[Batch]:
         return [self.stream.batch(samples) for samples in self._samples(step)]
 
     def _samples(self, step: int) -> Iterator[range]:
-        """This process's part of a step's samples, the step's samples being [step · G, (step + 1) · G)."""
-        size, micro_batch = self.recipe.batch.sequences, self.recipe.batch.micro_batch
+        """This process's part of a step's samples."""
+        first, size = self.position.first_sample(step), sequences_at(self.recipe.batch, step)
         rank, processes = self.processes.rank, self.processes.size
-        return samples_of(step * size, size, rank=rank, processes=processes, micro_batch=micro_batch)
+        return samples_of(first, size, rank=rank, processes=processes, micro_batch=self.recipe.batch.micro_batch)
 
-    def _micro_batch(self, batch: Batch) -> MicroBatch:
-        return MicroBatch.of(batch, self.processes.device, across_documents=self.recipe.data.across_documents)
+    def _micro_batch(self, batch: Batch, length: int) -> MicroBatch:
+        across = self.recipe.data.across_documents
+        return MicroBatch.of(batch, self.processes.device, across_documents=across, length=length)
 
     def _evaluate(self, windows: int, *, averaged: bool = False) -> dict[str, dict[str, float]]:
         """Score the held-out text and record it; `averaged`: with the averaged weights too, where they are kept."""
@@ -242,6 +319,7 @@ class _Training:
         if self.metrics is not None:
             self.metrics.evaluation(self.step, results)
         self.display.evaluation(self.step, results)
+        self.observation.update_page()
         return results
 
     def _score(self, windows: int) -> dict[str, dict[str, float]]:
@@ -259,27 +337,30 @@ class _Training:
         """Whether the held-out loss says to stop; the first process, which keeps the record, decides for all."""
         if not self.recipe.evaluation.stop_after:
             return False
-        verdict = False
-        if self.processes.first:
-            _, evaluations = read_metrics(self.run / METRICS)
-            verdict = no_longer_improves(evaluations, HELDOUT, self.recipe.evaluation)
-        return bool(self.processes.share(verdict))
+        return self.processes.first_decides(
+            lambda: no_longer_improves(read_metrics(self.run / METRICS)[1], HELDOUT, self.recipe.evaluation)
+        )
 
     def _state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint."""
-        state = checkpoint.training_state(self.model, self.optimizer)
+        state = checkpoint.training_state(self.model, self.optimizer) | self.position.state(self.step)
         for part in (self.average, self.loss_scale):
             state |= part.state() if part is not None else {}
         return state
 
-    def _resume(self) -> int:
-        """The step of the newest committed checkpoint, loaded; 0 where there is none."""
-        # The first process looks: a file system that several machines share may show them different things.
-        checkpoints = cast(list[checkpoint.Committed], self.processes.share(checkpoint.committed(self.run)))
-        if not checkpoints:
-            return 0
-        checkpoint.load(checkpoints[-1], self._state(), self.processes)
-        return checkpoints[-1].step
+    def _resume(self) -> None:
+        """Go on from the newest committed checkpoint; from the beginning where there is none."""
+        folder = self.recipe.checkpoints.folder
+        for newest in self.processes.first_decides(lambda: checkpoint.committed(self.run, folder)[-1:]):
+            self._load(newest)
+
+    def _load(self, saved: checkpoint.Committed) -> None:
+        missing = checkpoint.load(saved, self._state(), self.processes, optional=(SAMPLE, AVERAGE))
+        self.step = saved.step
+        self.position.loaded(self.step, stored=SAMPLE not in missing)
+        if self.average is not None and self.average.state().keys() <= missing:
+            self.average.begin()
+            self.averaged_from = self.step
 
     def _checkpoint(self) -> None:
         started = time.perf_counter()
@@ -290,6 +371,7 @@ class _Training:
         alive()
         self.saved_step = self.step
         self.checkpoint_seconds = {"checkpoint": time.perf_counter() - started}
+        self.observation.update_page()
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was asked to; all of them then stop after the same step, as for a failed checkpoint."""
@@ -302,15 +384,18 @@ class _Training:
         parameters = sum(p.numel() for p in self.model.parameters())
         facts = {
             "model": f"{parameters / 1e6:.1f}M parameters, {self.recipe.compute_dtype}",
-            "step": f"{self.recipe.tokens_per_step():,} tokens",
+            "step": step_text(self.recipe, self.step),
             "held": self._held_text(parameters),
             "matmul peak": f"{self.peak / 1e12:.2f} TFLOP/s, measured now",
             "run": str(self.run),
+            **self.observation.where(),
         }
         if self.processes.size > 1:
             facts["processes"] = str(self.processes.size)
         if self.step:
             facts["resumed"] = f"after step {self.step}"
+        if self.averaged_from:
+            facts["averaged"] = f"weights from those of step {self.averaged_from} on: no average was kept before"
         return facts
 
     def _held_text(self, parameters: int) -> str:
@@ -323,6 +408,7 @@ class _Training:
 
     def _leave(self) -> Outcome:
         asked = self.processes.gather(self.interruption.told())
+        self.observation.leave_page()
         report = self.processes.first_decides(lambda: write_report(self.run))
         self.display.stop()
         kept = f"after step {self.step} with a checkpoint" if self.step else "before the first step"
@@ -349,11 +435,13 @@ class _Training:
             self.data,
             results,
             step=self.step,
+            tokens=self.position.first_sample(self.step) * self.recipe.data.sequence_length,
             parameters=sum(p.numel() for p in self.model.parameters()),
             matmul_peak=self.peak,
             stopped_early=self.stops_early,
         )
         write_summary(self.run, facts)
+        self.observation.leave_page()
         report = write_report(self.run)
         self.display.stop()
         self.display.message(closing_text(facts))

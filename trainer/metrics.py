@@ -2,7 +2,8 @@
 
 A training line holds exactly the fields of `TrainingLine`; an evaluation line holds `step` and
 `eval: {NAME: {loss, perplexity, bits_per_byte, tokens}}`. A value that is not finite is written as null, which every
-JSON reader takes. Each step stands once, however often the run was killed and resumed.
+JSON reader takes. Each step stands once, however often the run was killed and resumed; what it recorded of steps that
+it went back on is in `metrics-rolled-back.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 METRICS = "metrics.jsonl"
+ROLLED_BACK = "metrics-rolled-back.jsonl"
+_Send = Callable[[Mapping[str, float], int], None]
 
 
 class TrainingLine(TypedDict):
@@ -32,10 +35,19 @@ class TrainingLine(TypedDict):
         loss: mean cross-entropy of the step's tokens, in nats.
         lr: the learning rate that the step used.
         grad_norm: global 2-norm of the gradient before clipping.
-        tokens: trained on so far, over all processes and restarts.
+        tokens: read for training so far, over all processes and restarts; those of steps that were skipped or that the
+            run went back on are among them.
+        sample: the first of the step's samples, see `tilewright.corpus`.
+        sequences: how many samples the step took, from that one on.
+        sequence_length: of the pieces, in tokens, that these were cut into.
         tokens_per_second: over all processes.
+        tokens_per_second_since_start: `tokens` over the wall-clock time since the run first began, everything counted
+            (see `WallClock.rate`); None where that is not known.
         mfu: model FLOPs utilisation as a fraction of 1; None where no peak is known.
+        hfu: hardware FLOPs utilisation: as `mfu`, with what activation checkpointing computes again (arXiv:2205.05198;
+            see `recomputed_flops_per_token`); None where that is not known.
         peak_memory_bytes: the most memory in use at once so far.
+        memory: bytes by kind in the process that records, see `StepMemory`; None for what is not known.
         data_wait: fraction of the step's time that the process which records waited for its batches.
         checkpoint_in_flight: whether a checkpoint was being written when the step began.
         grad_norms: the same by block, and by module where in none.
@@ -43,6 +55,10 @@ class TrainingLine(TypedDict):
             (with the reduction that overlaps it), ``optimizer``, and ``checkpoint``, the last one's, where one came
             between this step and the one before.
         skipped: whether the weights stayed as they were: the gradient was not finite, or the loss a spike.
+        profiled: whether the step was slowed down by the profiler; it says nothing of the speed of the others.
+        slowest_rank: every 32nd step, the process that the others waited for most, see `tilewright.trainer.waiting`;
+            else None.
+        slowest_behind: for how much of a step they did, as a fraction of 1.
     """
 
     step: int
@@ -50,14 +66,23 @@ class TrainingLine(TypedDict):
     lr: float
     grad_norm: float
     tokens: int
+    sample: int
+    sequences: int
+    sequence_length: int
     tokens_per_second: float
+    tokens_per_second_since_start: float | None
     mfu: float | None
+    hfu: float | None
     peak_memory_bytes: int
+    memory: dict[str, int | None]
     data_wait: float
     checkpoint_in_flight: bool
     grad_norms: dict[str, float]
     seconds: dict[str, float]
     skipped: bool
+    profiled: bool
+    slowest_rank: int | None
+    slowest_behind: float | None
 
 
 class Metrics:
@@ -69,17 +94,18 @@ class Metrics:
         run_directory: exists.
         resume_step: the step of the checkpoint that the run goes on from, 0 for a new run. Lines of later steps,
             written by a process that died after that checkpoint, are dropped, and so is a line that its death tore.
+        send: is given all scalars of a step, under TensorBoard's names, and the step.
 
     Raises:
         TrainingError: here and in every method, a file cannot be written: the disk is full, say.
     """
 
-    def __init__(self, run_directory: Path, *, resume_step: int) -> None:
-        self._path = run_directory / METRICS
+    def __init__(self, run_directory: Path, *, resume_step: int, send: _Send | None = None) -> None:
+        self._path, self._send = run_directory / METRICS, send
         with _explained(run_directory):
             if self._path.exists():
                 _keep_lines(self._path, lambda line: line["step"] <= resume_step)
-            self._evaluated = {line["step"] for line in _lines(self._path) if "eval" in line}
+            self._evaluated = {_text_of(line) for line in _lines(self._path) if "eval" in line}
             self._file = self._path.open("a", encoding="utf-8")
             self._events = _open_events(run_directory / "tensorboard", resume_step)
 
@@ -94,24 +120,37 @@ class Metrics:
         self._scalars(scalars, fields["step"])
 
     def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
-        """Record an evaluation, in place of an earlier one of the same step.
+        """Record an evaluation, in place of an earlier one of the same step over the same text.
 
         Args:
             step: optimizer steps done.
             results: for each evaluated set its loss (nats per token), perplexity, bits_per_byte and tokens.
         """
-        if step in self._evaluated:
+        line = {"step": step, "eval": {name: dict(result) for name, result in results.items()}}
+        if (text := _text_of(line)) in self._evaluated:
             # A run that died between this evaluation and its checkpoint evaluates again when it resumes.
             with _explained(self._path):
                 self._file.close()
-                _keep_lines(self._path, lambda line: "eval" not in line or line["step"] != step)
+                _keep_lines(self._path, lambda line: "eval" not in line or _text_of(line) != text)
                 self._file = self._path.open("a", encoding="utf-8")
-        self._evaluated.add(step)
-        self._write({"step": step, "eval": {name: dict(result) for name, result in results.items()}})
+        self._evaluated.add(text)
+        self._write(line)
         values = {f"eval/{name}/{key}": value for name, result in results.items() for key, value in result.items()}
         self._scalars(values, step)
         with _explained(self._path.parent):
             self._events.flush()
+
+    def roll_back(self, step: int) -> None:
+        """The run goes on from `step` again: lines of later steps move to ``metrics-rolled-back.jsonl``."""
+        with _explained(self._path.parent):
+            self._file.close()
+            self._events.close()
+            with self._path.with_name(ROLLED_BACK).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in _lines(self._path) if line["step"] > step)
+            _keep_lines(self._path, lambda line: line["step"] <= step)
+            self._evaluated = {text for text in self._evaluated if text[0] <= step}
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = _open_events(self._path.parent / "tensorboard", step)
 
     def close(self) -> None:
         """Finish both records; nothing can be recorded afterwards. A second close does nothing."""
@@ -125,10 +164,12 @@ class Metrics:
             self._file.flush()
 
     def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         with _explained(self._path.parent):
-            for name, value in values.items():
-                if value is not None and math.isfinite(value):
-                    self._events.add_scalar(name, value, step)
+            for name, value in finite.items():
+                self._events.add_scalar(name, value, step)
+        if self._send is not None:
+            self._send(finite, step)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -162,6 +203,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
                 yield line
+
+
+def _text_of(line: Mapping[str, Any]) -> tuple[int, float | None]:
+    """What tells an evaluation from others: its step, and over how many tokens it was."""
+    first: Mapping[str, float] = next(iter(line["eval"].values()), {})
+    return line["step"], first.get("tokens")
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,8 @@
     set_learning_rate(optimizer, 1e-3)
 
 Its state exists from the start, so that a checkpoint has somewhere to load into. The state of AdamW has the same names,
-shapes and dtypes whoever computes it, so that one implementation goes on from the checkpoint of another.
+shapes and, unless `state_dtype` says otherwise, dtypes whoever computes it, so that one implementation goes on from the
+checkpoint of another.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def _adamw(groups: list[_Group], recipe: Optimizer) -> torch.optim.Optimizer:
         return optimizer
     implementation = "apex" if recipe.implementation == "apex" else "auto"
     try:
-        ours = AdamW(groups, **numbers, implementation=implementation)
+        dtype = getattr(torch, recipe.state_dtype)
+        ours = AdamW(groups, **numbers, state_dtype=dtype, implementation=implementation)
         for parameter in _parameters(ours):
             ours.choose(parameter)
     except ValueError as error:

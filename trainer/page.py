@@ -13,20 +13,22 @@ from tilewright.trainer.quantities import gigabytes
 from tilewright.trainer.run_directory import write_atomically
 
 
-def document(title: str, sections: Iterable[str]) -> str:
+def document(title: str, sections: Iterable[str], *, refresh: int = 0) -> str:
     """The whole page.
 
     Args:
+        refresh: seconds after which a browser reads it again; 0: never.
         title: plain text.
         sections: HTML, one below the other; whatever came from outside is escaped there already.
     """
     body = "\n".join(section for section in sections if section)
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+{again}<title>{escape(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
@@ -50,13 +52,19 @@ def write(path: Path, page: str) -> None:
         raise TrainingError(f"could not write {path}: {error.strerror or error}; mend that and try again") from error
 
 
+def progress(part: float) -> str:
+    """A bar of which `part`, from 0 to 1, is done."""
+    return f'<div class="progress"><div style="width: {100 * min(max(part, 0.0), 1.0):.1f}%"></div></div>'
+
+
 def cards(figures: Iterable[tuple[str, str, str]]) -> str:
     """The headlines: label, value and remark of each."""
-    inner = "\n".join(
+    inner = [
         f'<div class="card"><dt>{escape(label)}</dt><dd>{escape(value)}</dd><dd class="soft">{escape(note)}</dd></div>'
         for label, value, note in figures
-    )
-    return f'<dl class="figures">\n{inner}\n</dl>'
+    ]
+    columns = 4 if len(inner) % 4 == 0 or len(inner) % 3 else 3  # no row with gaps, where that can be
+    return "\n".join([f'<dl class="figures" style="--columns: {columns}">', *inner, "</dl>"])
 
 
 def plots(drawn: Iterable[Plot]) -> str:
@@ -119,8 +127,11 @@ p { margin: 6px 0; }
   border: 1px solid currentColor; white-space: nowrap; }
 .done { color: var(--third); }
 .open { color: var(--second); }
+.running { color: var(--first); }
+.progress { height: 6px; margin-top: 12px; border-radius: 99px; background: var(--line); overflow: hidden; }
+.progress div { height: 100%; border-radius: 99px; background: var(--first); }
 .note { background: var(--note); padding: 10px 14px; border-radius: 8px; margin: 14px 0; }
-.figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 22px 0; }
+.figures { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 12px; margin: 22px 0; }
 @media (max-width: 800px) { .figures { grid-template-columns: repeat(2, 1fr); } main { padding: 18px 14px; } }
 .figures .card { padding: 12px 16px; }
 .figures dt { color: var(--soft); font-size: 14px; }

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,14 @@ from tilewright.corpus import CorpusError
 from tilewright.model import Transformer, initialise
 from tilewright.model.config import ModelConfig
 from tilewright.trainer.activations import checkpoint_activations
-from tilewright.trainer.errors import TrainingError, disk_error_text
+from tilewright.trainer.errors import AnotherProcessEnded, TrainingError, disk_error_text
+from tilewright.trainer.float8 import use_float8
 from tilewright.trainer.host_memory import keep_freed_memory
+from tilewright.trainer.meeting import meet
 from tilewright.trainer.recipe import ActivationCheckpointing, Parallel
+from tilewright.trainer.waiting import waiting
+
+_T = typing.TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class World:
 
     def add(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, summed over the processes in its own memory, without waiting for the device."""
-        dist.all_reduce(x)
+        with waiting(x.device):
+            dist.all_reduce(x)
         return x
 
     def share(self, value: object) -> object:
@@ -60,20 +65,25 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def first_decides(self, decision: Callable[[], Path]) -> Path:
-        """What `decision` gives on the first process, on all of them; its `TrainingError` is raised on all too."""
-        answer: tuple[str, str] = ("", "")
+    def first_decides(self, decision: Callable[[], _T]) -> _T:
+        """What `decision` gives on the first process, on all of them.
+
+        Raises:
+            TrainingError: on all of them, for what it raised there: that, a `CorpusError` or an `OSError`.
+        """
+        answer: _T | None = None
+        problem: str | None = None
         if self.first:
             try:
-                answer = ("path", str(decision()))
+                answer = decision()
             except (TrainingError, CorpusError) as error:
-                answer = ("error", str(error))
+                problem = str(error)
             except OSError as error:
-                answer = ("error", disk_error_text(error))
-        kind, text = typing.cast(tuple[str, str], self.share(answer))
-        if kind == "error":
-            raise TrainingError(text)
-        return Path(text)
+                problem = disk_error_text(error)
+        answer, problem = typing.cast(tuple[_T, str | None], self.share((answer, problem)))
+        if problem is not None:
+            raise TrainingError(problem)
+        return answer
 
     def gather(self, value: object) -> list[object]:
         """What each process passes as `value`, in the order of ranks, on all of them."""
@@ -107,7 +117,8 @@ def world() -> Iterator[World]:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         try:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, size = meet(timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except (ValueError, dist.DistError) as error:
             reason = str(error).splitlines()[0]
             raise TrainingError(
@@ -126,7 +137,7 @@ def world() -> Iterator[World]:
             dist.barrier()
     except RuntimeError as error:
         if dist.get_world_size() > 1 and (isinstance(error, dist.DistError) or "by peer" in str(error)):
-            raise TrainingError("another process of this run ended first; its own message says why") from None
+            raise AnotherProcessEnded from None
         raise
     finally:
         dist.destroy_process_group()
@@ -141,6 +152,7 @@ def sharded_model(
     seed: int,
     parallel: Parallel | None = None,
     activation_checkpointing: ActivationCheckpointing | None = None,
+    float8: str = "none",
 ) -> Transformer:
     """A Transformer with float32 parameters sharded over the processes, its initial values independent of how many.
 
@@ -155,6 +167,7 @@ def sharded_model(
     _check_parallel(parallel, world)
     with torch.device("meta"):
         model = Transformer(config)
+    use_float8(model, float8, emulate=world.device.type == "cpu")
     checkpoint_activations(
         model.blocks,
         activation_checkpointing or ActivationCheckpointing(),
@@ -253,8 +266,11 @@ def compile_blocks(model: Transformer) -> None:
     model.loss = torch.compile(model.loss, fullgraph=True)  # type: ignore[method-assign]
 
 
-def check_batch(sequences: int, micro_batch: int, world_size: int) -> None:
+def check_batch(sequences: int, micro_batch: int, world_size: int, *, key: str = "batch.sequences") -> None:
     """Raise unless `sequences` divide into whole micro-batches on every process.
+
+    Args:
+        key: what states `sequences` in the recipe.
 
     Raises:
         TrainingError: they do not; the sentence names the nearest numbers that do.
@@ -263,7 +279,7 @@ def check_batch(sequences: int, micro_batch: int, world_size: int) -> None:
         lower = sequences // world_size * world_size
         nearest = [str(number) for number in (lower, lower + world_size) if number]
         raise TrainingError(
-            f"batch.sequences is {sequences}, which {world_size} processes do not divide; "
+            f"{key} is {sequences}, which {world_size} processes do not divide; "
             f"set it to {' or '.join(nearest)}, or change the number of processes"
         )
     per_process = sequences // world_size
@@ -272,5 +288,5 @@ def check_batch(sequences: int, micro_batch: int, world_size: int) -> None:
         closest = min(divisors, key=lambda n: (abs(n - micro_batch), n))
         raise TrainingError(
             f"batch.micro_batch is {micro_batch}, which does not divide the {per_process} sequences of each process "
-            f"(batch.sequences {sequences} over {world_size}); set batch.micro_batch to {closest}"
+            f"({key} {sequences} over {world_size}); set batch.micro_batch to {closest}"
         )

@@ -30,6 +30,14 @@ class Source:
     heldout: str = ""
 
 
+@dataclass(frozen=True)
+class LengthStage:
+    """From the step after `step` others on, samples are cut to `length` tokens; see `tilewright.trainer.stages`."""
+
+    step: int
+    length: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Where the tokens come from: `corpus`, or several `sources` in fixed proportions.
@@ -41,6 +49,8 @@ class Data:
         end_of_text: for such shards, the token that ends a document.
         heldout: for such shards, the folder of others to evaluate on.
         sequence_length: tokens in a sample.
+        sequence_length_stages: from which step on samples are cut into how long pieces, for a warm-up of the length;
+            before the first of them, and with none, samples are whole. Each length divides `sequence_length`.
         across_documents: whether attention may cross from one packed document into the next.
         prefetch: steps whose batches are read ahead, in threads; 0 reads each when it is its turn.
     """
@@ -51,6 +61,7 @@ class Data:
     end_of_text: str = "<|endoftext|>"
     heldout: str = ""
     sequence_length: int
+    sequence_length_stages: list[LengthStage] = field(default_factory=list)
     across_documents: bool = False
     prefetch: int = 4
 
@@ -60,11 +71,26 @@ class Data:
 
 
 @dataclass(frozen=True)
+class BatchStage:
+    """From the step after `step` others on, a step takes `sequences` samples; see `tilewright.trainer.stages`."""
+
+    step: int
+    sequences: int
+
+
+@dataclass(frozen=True)
 class Batch:
-    """How many samples make a step, over all processes, and how many a process takes at a time."""
+    """How many samples make a step.
+
+    Attributes:
+        sequences: over all processes.
+        micro_batch: how many a process takes at a time.
+        stages: other numbers of sequences from later steps on, for a ramp of the batch.
+    """
 
     sequences: int
     micro_batch: int
+    stages: list[BatchStage] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,9 @@ class Optimizer:
         kind: ``adamw`` (arXiv:1711.05101); ``muon`` for the matrices of the blocks and AdamW for the rest, at the same
             learning rate; ``sgd`` with momentum.
         implementation: of AdamW: ``torch``, fused; ``tilewright``, the kernel; ``apex``, NVIDIA's; ``auto`` is torch's.
+        state_dtype: of AdamW's two averages of the gradients; bfloat16 halves their 8 bytes a parameter, for the
+            implementation ``tilewright`` alone. It keeps 8 bits of a number, so where 1 − beta2 is below 1/256 the
+            second average hardly falls.
         betas, eps: of AdamW.
         momentum: of Muon and SGD.
         orthogonalisation_dtype: what Muon sends and orthogonalises matrices in.
@@ -104,6 +133,7 @@ class Optimizer:
     learning_rate: float
     kind: Literal["adamw", "muon", "sgd"] = "adamw"
     implementation: Literal["auto", "torch", "tilewright", "apex"] = "auto"
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
@@ -165,6 +195,8 @@ class Checkpoints:
         keep_best: whether the one with the lowest held-out loss stays, of those whose step was evaluated.
         asynchronous: whether training goes on while one is written, for the price of a copy of the state in host
             memory: with AdamW 12 bytes × parameters ÷ the processes that they are sharded over, in each process.
+        folder: in which they lie, under the name of the run directory: a local folder, or the URL of one in an object
+            store that fsspec knows, such as ``s3://bucket/runs``, without keys; empty: in the run directory itself.
     """
 
     every: int = 0
@@ -172,6 +204,7 @@ class Checkpoints:
     keep_every: int = 0
     keep_best: bool = False
     asynchronous: bool = True
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -219,19 +252,57 @@ class Health:
     """What is done about steps that go wrong; a step whose gradient is not finite is always skipped.
 
     Attributes:
-        bad_steps: so many skipped in a row stop the run.
-        spike: what to do about a spike of the loss: ``warn`` and go on, ``skip`` the step, or ``none``.
+        bad_steps: so many skipped in a row stop the run, or have it go back where `spike` is ``rollback``.
+        spike: what to do about a spike of the loss: ``warn`` and go on; ``skip`` the step; ``rollback`` to the newest
+            checkpoint and go on from there with the samples after the step's; or ``none``.
+        rollbacks: so many to one checkpoint; where one more would be needed, the run stops.
         spike_score: how far above the median of the last losses a spike is, in robust standard deviations.
         spike_window: steps whose losses count; a quarter of them must be there before anything is a spike.
-        hang_minutes: without a step or an evaluated batch for so long, every process writes where it stands and ends;
-            0 never does.
+        hang_minutes: without a step, an evaluated batch or a piece of a checkpoint for so long, every process writes
+            where it stands and ends; 0 never does.
+        stop_seconds: the same once a signal has asked the run to stop; 0 leaves `hang_minutes`.
+        slow_rank: a process for which the others of its shards wait longer than this share of a step is named; 0 names
+            none.
     """
 
     bad_steps: int = 3
-    spike: Literal["warn", "skip", "none"] = "warn"
+    spike: Literal["warn", "skip", "rollback", "none"] = "warn"
+    rollbacks: int = 3
     spike_score: float = 10.0
     spike_window: int = 128
     hang_minutes: float = 60.0
+    stop_seconds: float = 120.0
+    slow_rank: float = 0.2
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the figures of `metrics.jsonl` are sent to as well; see `tilewright.trainer.tracking`.
+
+    Attributes:
+        wandb: to Weights & Biases, which is told by its own variables, such as ``WANDB_MODE`` and ``WANDB_ENTITY``.
+        mlflow: to MLflow, at ``MLFLOW_TRACKING_URI``.
+        project: the project there, which MLflow calls an experiment.
+    """
+
+    wandb: bool = False
+    mlflow: bool = False
+    project: str = "tilewright"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Steps to look into with PyTorch's profiler; see `tilewright.trainer.profiling`.
+
+    Attributes:
+        steps: counted from 1.
+        memory: whether allocations are recorded too: in the trace and, on a GPU, in a snapshot that says from where.
+        ranks: the processes that are profiled; none named: all of them.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    memory: bool = False
+    ranks: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -253,6 +324,8 @@ class Recipe:
         steps: optimizer steps.
         compute_dtype: of parameters and activations in the matrix products; masters and reductions are float32.
             float16 is for GPUs without bfloat16; its loss is scaled dynamically.
+        float8: in which the blocks' matrices multiply, with one scale a tensor (``tensorwise``) or a row (``rowwise``);
+            see `tilewright.trainer.float8`. It needs compute_dtype bfloat16, and is worth it compiled alone.
         compile: whether the blocks and the loss go through ``torch.compile``.
         seed: of the initial values and of the order of the samples.
         runs: folder of the run directories.
@@ -273,7 +346,10 @@ class Recipe:
     parallel: Parallel = field(default_factory=Parallel)
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     health: Health = field(default_factory=Health)
+    tracking: Tracking = field(default_factory=Tracking)
+    profile: Profile = field(default_factory=Profile)
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
     compile: bool = True
     seed: int = 0
     runs: str = "runs"
@@ -283,5 +359,5 @@ class Recipe:
         check_recipe(self)
 
     def tokens_per_step(self) -> int:
-        """Tokens that a step consumes, over all processes."""
+        """Tokens that a step takes before any of `batch.stages`, over all processes."""
         return self.batch.sequences * self.data.sequence_length

@@ -30,7 +30,9 @@ def check_recipe(recipe: Recipe) -> None:
         "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
         "optimizer.eps": 0, "optimizer.weight_decay": 0, "schedule.final_fraction": 0, "seed": 0,
         "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1, "parallel.replicas": 1,
+        "health.hang_minutes": 0, "health.stop_seconds": 0, "health.slow_rank": 0,
         "parallel.prefetch": 0, "activation_checkpointing.budget": 0, "data.prefetch": 0,
+        "health.rollbacks": 1,
     }  # fmt: skip
     for key, least in at_least.items():
         value = _get(recipe, key)
@@ -39,6 +41,7 @@ def check_recipe(recipe: Recipe) -> None:
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
         raise TrainingError(f"optimizer.betas is {recipe.optimizer.betas}; each must be at least 0 and less than 1")
     _check_sources(recipe.data)
+    _check_stages(recipe)
     _check_optimizer(recipe.optimizer)
     _check_schedule(recipe.schedule, recipe.steps)
     if recipe.evaluation.stop_after and not recipe.evaluation.every:
@@ -46,11 +49,21 @@ def check_recipe(recipe: Recipe) -> None:
             f"evaluation.stop_after is {recipe.evaluation.stop_after} and evaluation.every 0, so there is nothing to "
             "stop by; set evaluation.every"
         )
+    if re.search(r"://[^/@]*:.*@", recipe.checkpoints.folder):
+        raise TrainingError(
+            "checkpoints.folder is a URL with a user and a password, which would be shown wherever the recipe is; give "
+            "them in the environment or in fsspec's configuration instead"
+        )
     together = math.lcm(recipe.evaluation.every, recipe.checkpoints.every)
     if recipe.checkpoints.keep_best and not 0 < together < recipe.steps:
         raise TrainingError(
             f"checkpoints.keep_best is true, but no step before the last is both evaluated (evaluation.every "
             f"{recipe.evaluation.every}) and saved (checkpoints.every {recipe.checkpoints.every}); set both to the same"
+        )
+    if recipe.health.spike == "rollback" and not recipe.checkpoints.every:
+        raise TrainingError(
+            "health.spike is 'rollback' and checkpoints.every 0, so there is no checkpoint to go back to; set "
+            "checkpoints.every"
         )
     if recipe.activation_checkpointing.budget > 1:
         raise TrainingError(
@@ -61,6 +74,8 @@ def check_recipe(recipe: Recipe) -> None:
             "activation_checkpointing.mode is 'budget', which the compiler keeps to, and compile is false; "
             "set compile to true or take another mode"
         )
+    _check_seen(recipe)
+    _check_float8(recipe)
     if not recipe.seed < 2**63:
         raise TrainingError(f"seed is {recipe.seed}; it must be less than 2**63")
     if recipe.data.sequence_length > recipe.model.max_sequence_length:
@@ -95,6 +110,55 @@ def _check_sources(data: Data) -> None:
         raise TrainingError(f"data.sources does not fit: {error}") from None
 
 
+def _check_stages(recipe: Recipe) -> None:
+    for key, first, stages in (
+        ("batch.stages", 1, recipe.batch.stages),
+        ("data.sequence_length_stages", 0, recipe.data.sequence_length_stages),
+    ):
+        steps = [stage.step for stage in stages]
+        if sorted(set(steps)) != steps or any(step < first for step in steps):
+            raise TrainingError(f"{key} begin at the steps {steps}; these must be {first} or more, and rising")
+    for number, stage in enumerate(recipe.batch.stages):
+        if stage.sequences < 1:
+            raise TrainingError(f"batch.stages[{number}].sequences is {stage.sequences}; it must be 1 or more")
+    whole = recipe.data.sequence_length
+    for number, cut in enumerate(recipe.data.sequence_length_stages):
+        if cut.length < 1 or whole % cut.length:
+            fitting = [length for length in range(1, whole + 1) if whole % length == 0]
+            nearest = min(fitting, key=lambda length: (abs(length - cut.length), length))
+            raise TrainingError(
+                f"data.sequence_length_stages[{number}].length is {cut.length}, which does not divide "
+                f"data.sequence_length ({whole}); set it to {nearest}"
+            )
+
+
+def _check_seen(recipe: Recipe) -> None:
+    for step in recipe.profile.steps:
+        if not 1 <= step <= recipe.steps:
+            raise TrainingError(f"profile.steps names step {step}; this run has the steps 1 to {recipe.steps}")
+    for rank in recipe.profile.ranks:
+        if rank < 0:
+            raise TrainingError(f"profile.ranks names process {rank}; they are counted from 0")
+    if not recipe.tracking.project.strip():
+        raise TrainingError("tracking.project is empty; it must name a project, such as tilewright")
+
+
+def _check_float8(recipe: Recipe) -> None:
+    if recipe.float8 == "none":
+        return
+    if recipe.compute_dtype != "bfloat16":
+        raise TrainingError(
+            f"float8 is {recipe.float8!r} and compute_dtype {recipe.compute_dtype!r}; set compute_dtype to bfloat16, "
+            "or float8 to none"
+        )
+    tokens = recipe.batch.micro_batch * recipe.data.sequence_length
+    if tokens % 16:
+        raise TrainingError(
+            f"float8 is {recipe.float8!r}, which takes micro-batches whose tokens 16 divides, and batch.micro_batch x "
+            f"data.sequence_length is {tokens}; change one of them, or set float8 to none"
+        )
+
+
 def _check_optimizer(optimizer: Optimizer) -> None:
     for key in ("momentum", "ema_decay"):
         if not 0 <= (value := getattr(optimizer, key)) < 1:
@@ -103,6 +167,11 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         raise TrainingError(
             f"optimizer.implementation is {optimizer.implementation!r}, which is of AdamW, and optimizer.kind 'sgd'; "
             "set optimizer.implementation to auto"
+        )
+    if optimizer.state_dtype != "float32" and optimizer.implementation != "tilewright":
+        raise TrainingError(
+            f"optimizer.state_dtype is {optimizer.state_dtype!r}, which AdamW's implementation 'tilewright' has, and "
+            f"optimizer.implementation is {optimizer.implementation!r}; set this to tilewright, or that to float32"
         )
     for number, group in enumerate(optimizer.groups):
         for key in ("learning_rate_factor", "weight_decay"):

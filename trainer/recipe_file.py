@@ -14,13 +14,16 @@ import importlib.resources
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tilewright.model import PRESETS, ModelConfigError, from_preset
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tilewright.trainer.storage import Location
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -39,8 +42,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     return _build(values, source)
 
 
-def recipe_from_run(path: Path) -> Recipe:
-    """The resolved recipe saved in a run directory.
+def recipe_from_run(path: Location) -> Recipe:
+    """The resolved recipe saved in a run directory, or beside the checkpoints of a run.
 
     Raises:
         TrainingError: it is missing or damaged.
@@ -75,7 +78,7 @@ def _text_of(source: str) -> str:
     )
 
 
-def _read(path: Path) -> str:
+def _read(path: Location) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

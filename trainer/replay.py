@@ -20,6 +20,7 @@ from tilewright.model import Transformer
 from tilewright.trainer import checkpoint
 from tilewright.trainer.data import check_same_data, open_data, samples_of
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.float8 import check_float8, generation_of
 from tilewright.trainer.loss_scale import LossScale
 from tilewright.trainer.metrics import METRICS, read_metrics
 from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
@@ -68,6 +69,7 @@ def replay(run: Path, step: int, say: Callable[[str], None]) -> Replayed:
         if process.size > 1:
             raise TrainingError(f"replay runs in one process, and there are {process.size}; start it without torchrun")
         check_kernels(process.device, getattr(torch, recipe.compute_dtype))
+        check_float8(recipe.float8, generation_of(process.device))
         replaying = _Replaying(recipe, run, process, lines)
         for earlier in range(replaying.start(step), step):
             say(f"step {earlier} again, on the way to {step}")
@@ -94,13 +96,16 @@ class _Replaying:
             seed=recipe.seed,
             parallel=Parallel(),
             activation_checkpointing=recipe.activation_checkpointing,
+            float8=recipe.float8,
         )
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.loss_scale = LossScale(process.device) if recipe.compute_dtype == "float16" else None
 
     def start(self, step: int) -> int:
         """Load the newest checkpoint before `step`; returns the step that comes after it."""
-        before = [kept for kept in checkpoint.committed(self.run) if kept.step < step]
+        folder = self.recipe.checkpoints.folder
+        there = checkpoint.seen_by_the_first(lambda: checkpoint.committed(self.run, folder), None)
+        before = [kept for kept in there if kept.step < step]
         if not before:
             return 1  # the initial values, which the model has
         state = checkpoint.training_state(self.model, self.optimizer)
@@ -109,13 +114,16 @@ class _Replaying:
 
     def take(self, step: int, optimizer: torch.optim.Optimizer | _Look) -> tuple[StepResult, list[tuple[range, float]]]:
         """One step with `optimizer`; its result, and the samples and mean loss of each micro-batch."""
-        recipe, size = self.recipe, self.recipe.batch.sequences
-        set_learning_rate(self.optimizer, self.lines[step]["lr"])  # whatever the recipe says by now
-        first = (step - 1) * size
-        samples = list(samples_of(first, size, rank=0, processes=1, micro_batch=recipe.batch.micro_batch))
+        recipe, line = self.recipe, self.lines[step]
+        # Whatever the recipe says by now: the record says what was; one without samples is of a run without stages.
+        set_learning_rate(self.optimizer, line["lr"])
+        sequences = line.get("sequences", recipe.batch.sequences)
+        first, length = line.get("sample", (step - 1) * sequences), line.get("sequence_length")
+        samples = list(samples_of(first, sequences, rank=0, processes=1, micro_batch=recipe.batch.micro_batch))
         across = recipe.data.across_documents
         micros = [
-            MicroBatch.of(self.stream.batch(part), self.process.device, across_documents=across) for part in samples
+            MicroBatch.of(self.stream.batch(part), self.process.device, across_documents=across, length=length)
+            for part in samples
         ]
         result = train_step(
             self.model,
@@ -125,7 +133,7 @@ class _Replaying:
             max_grad_norm=0.0 if isinstance(optimizer, _Look) else recipe.optimizer.max_grad_norm,
             loss_scale=self.loss_scale,
             # What the run skipped is skipped again, for whatever reason it was.
-            loss_limit=-math.inf if self.lines[step].get("skipped") else math.inf,
+            loss_limit=-math.inf if line.get("skipped") else math.inf,
         )
         losses = [
             float(loss) / max(micro.valid_tokens(), 1) for loss, micro in zip(result.micro_losses, micros, strict=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.trainer.plot import COLORS, Plot, svg
+from tilewright.trainer.plot import COLORS, INK, Plot, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 _Series = npt.NDArray[np.float64]
 
 _FIRST, _SECOND, _THIRD, *_ = COLORS
+# Parts of a whole, from the bottom up, each in its colour.
+_PHASES = {"forward": 0, "backward": 1, "optimizer": 2, "data": 3, "checkpoint": 4, "other": 7}
+_KINDS = {"parameters": 0, "optimizer": 2, "average": 6, "gradients": 1, "whole_weights": 5, "activations": 3}
 # More than a page's width can show; the extremes of each stretch stay, so that no spike is lost.
 _MOST_POINTS = 1000
+_MOST_BINS = 150  # of what is drawn as areas, each the mean of its stretch
 
 
 def plots(
@@ -34,16 +38,40 @@ def plots(
         compressors: bits per byte of the same held-out text by the compressor's name, to be drawn as levels.
     """
     tokens = _column(training, "tokens")
-    drawn = [_loss(training, tokens), _bits_per_byte(training, evaluations, compressors)]
-    for title, caption, key, scale, unit in (
-        ("Throughput", "Tokens per second over all processes.", "tokens_per_second", 1.0, "tokens/s"),
-        ("MFU", "Of the matmul peak measured when the run started.", "mfu", 100.0, "%"),
-        ("Learning rate", "As each step used it.", "lr", 1.0, ""),
-        ("Gradient norm", "Before clipping.", "grad_norm", 1.0, ""),
-        ("Memory", "The most in use at once, so far.", "peak_memory_bytes", 1e-9, "GB"),
-    ):
-        drawn.append(_one_line(title, caption, tokens, scale * _column(training, key), unit))
+    # A step that was profiled says nothing of the speed of the others.
+    timed = [{} if line.get("profiled") else line for line in training]
+    drawn = [
+        _loss(training, tokens),
+        _bits_per_byte(training, evaluations, compressors),
+        _curves(
+            "Throughput",
+            "Tokens per second over all processes.",
+            tokens,
+            {
+                "each step": _column(timed, "tokens_per_second"),
+                "since the start, pauses counted": _column(training, "tokens_per_second_since_start"),
+            },
+            "tokens/s",
+        ),
+        _curves(
+            "MFU",
+            "Of the matmul peak measured when the run started.",
+            tokens,
+            {"MFU": 100.0 * _column(timed, "mfu"), "HFU, with what is computed again": 100.0 * _hfu(timed)},
+            "%",
+        ),
+        _time_by_phase(timed, tokens),
+        _memory(training, tokens),
+        _curves("Gradient norm", "Before clipping.", tokens, {"": _column(training, "grad_norm")}, ""),
+        _curves("Learning rate", "As each step used it.", tokens, {"": _column(training, "lr")}, ""),
+    ]
     return [plot for plot in drawn if plot is not None]
+
+
+def _hfu(training: Sequence[Mapping[str, Any]]) -> _Series:
+    """Hardware FLOPs utilisation where it is another figure than MFU."""
+    model, hardware = _column(training, "mfu"), _column(training, "hfu")
+    return np.where(hardware != model, hardware, math.nan)
 
 
 def _loss(training: Sequence[Mapping[str, Any]], tokens: _Series) -> Plot | None:
@@ -88,21 +116,93 @@ def _bits_per_byte(
         axes.set_ylabel("bits per byte")
         axes.legend(frameon=False, fontsize=8, loc="upper right")
 
-    caption = "Text never trained on: a part of it on the way, all of it at the end."
+    caption = "Never trained on: a part on the way, all at the end."
     return Plot("Held-out text", caption, _svg("Held-out text", draw, _column(training, "tokens")))
 
 
-def _one_line(title: str, caption: str, tokens: _Series, values: _Series, unit: str) -> Plot | None:
-    if not np.isfinite(values).any():
+def _curves(title: str, caption: str, tokens: _Series, curves: Mapping[str, _Series], unit: str) -> Plot | None:
+    """One or two curves, by what each is called."""
+    known = {name: values for name, values in curves.items() if np.isfinite(values).any()}
+    if not known:
         return None
 
     def draw(axes: Axes) -> None:
-        axes.plot(*_thin(tokens, values), color=_FIRST, linewidth=1.3)
+        for (name, values), color in zip(known.items(), (_FIRST, _SECOND), strict=False):
+            axes.plot(*_thin(tokens, values), color=color, linewidth=1.3, label=name)
         # From zero, so that a curve that looks flat is flat.
-        axes.set_ylim(bottom=0, top=1.08 * float(np.nanmax(values)) or 1.0)
+        most = max(float(np.nanmax(values)) for values in known.values())
+        axes.set_ylim(bottom=0, top=(1.08 if len(known) == 1 else 1.25) * most or 1.0)
         axes.set_ylabel(unit)
+        if len(known) > 1:
+            axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=len(known))
 
     return Plot(title, caption, _svg(title, draw, tokens))
+
+
+def _time_by_phase(training: Sequence[Mapping[str, Any]], tokens: _Series) -> Plot | None:
+    """What each step took, and of that each phase; a checkpoint adds to the step after it."""
+    took = np.diff(tokens, prepend=0.0) / _column(training, "tokens_per_second")
+    phases = {name: np.nan_to_num(_column(_parts(training, "seconds"), name)) for name in _PHASES}
+    inside = sum(seconds for name, seconds in phases.items() if name not in ("checkpoint", "other"))
+    phases["other"] = np.maximum(0.0, took - inside)
+    known = np.isfinite(took) & (inside > 0)
+    if not known.any():
+        return None
+    places = tokens[known]
+    bins = np.array_split(np.arange(len(places)), min(_MOST_BINS, len(places)))
+    shown = {name: np.array([seconds[known][part].mean() for part in bins]) for name, seconds in phases.items()}
+    ends = np.array([places[part].mean() for part in bins])
+
+    def draw(axes: Axes) -> None:
+        total = _stack(axes, ends, shown, _PHASES)
+        # The first step compiles: drawn in full, it would flatten all others.
+        axes.set_ylim(bottom=0, top=1.35 * float(np.quantile(total, 0.95)))
+        axes.set_ylabel("seconds a step")
+
+    caption = "Of the first process; what goes out at the top compiles."
+    return Plot("Time by phase", caption, _svg("Time by phase", draw, tokens))
+
+
+def _memory(training: Sequence[Mapping[str, Any]], tokens: _Series) -> Plot | None:
+    peak = 1e-9 * _column(training, "peak_memory_bytes")
+    if not np.isfinite(peak).any():
+        return None
+    parts = {name: 1e-9 * _column(_parts(training, "memory"), name) for name in _KINDS}
+    known = {name: values for name, values in parts.items() if np.isfinite(values).any() and np.nanmax(values) > 0}
+
+    def draw(axes: Axes) -> None:
+        if known:
+            thin = np.unique(np.linspace(0, len(tokens) - 1, _MOST_BINS).astype(int))
+            # Where a kind was not measured it is drawn as between the steps around.
+            whole = {name: np.interp(tokens, tokens[np.isfinite(v)], v[np.isfinite(v)]) for name, v in known.items()}
+            _stack(axes, tokens[thin], {name: values[thin] for name, values in whole.items()}, _KINDS)
+        axes.plot(*_thin(tokens, peak), color=INK, linewidth=1.3, label="peak so far")
+        axes.set_ylim(bottom=0, top=(1.35 if known else 1.08) * float(np.nanmax(peak)) or 1.0)
+        axes.set_ylabel("GB")
+        axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+
+    caption = "Of the first process: by kind, and the most in use at once." if known else "The most in use at once."
+    return Plot("Memory", caption, _svg("Memory", draw, tokens))
+
+
+def _stack(axes: Axes, places: _Series, parts: Mapping[str, _Series], order: Mapping[str, int]) -> _Series:
+    """Draw the parts that are there one above the other, with a legend; their sum."""
+    names = [name for name in order if name in parts and parts[name].any()]
+    values = np.stack([parts[name] for name in names])
+    if len(places) == 1:
+        # One place is a line without width.
+        places, values = np.array([0.0, places[0]]), np.repeat(values, 2, axis=1)
+    colors = [COLORS[order[name]] for name in names]
+    labels = [name.replace("_", " ") for name in names]
+    axes.stackplot(places, values, colors=colors, labels=labels, alpha=0.7, linewidth=0)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+    total: _Series = values.sum(axis=0)
+    return total
+
+
+def _parts(training: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    """A field of every line that has parts by name; none of them where it is missing."""
+    return [line[key] if isinstance(line.get(key), Mapping) else {} for line in training]
 
 
 def smoothed(values: _Series) -> _Series:

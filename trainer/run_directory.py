@@ -10,11 +10,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.recipe_file import recipe_from_run, recipe_text
+
+if TYPE_CHECKING:
+    from tilewright.trainer.storage import Location
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
@@ -22,14 +25,18 @@ SUMMARY = "summary.json"
 # `optimizer.implementation`, `batch.micro_batch` and how a model is spread change roundings alone; corpora are compared
 # by what is in them, and their weights with them).
 _FREE_TO_CHANGE = (
-    "name", "runs", "run_directory", "evaluation", "checkpoints", "sample", "compile", "batch.micro_batch",
+    "name", "runs", "run_directory", "evaluation", "sample", "compile", "batch.micro_batch",
     "data.corpus", "data.sources", "data.tokenizer", "data.heldout", "data.prefetch", "optimizer.implementation",
-    "parallel", "activation_checkpointing", "health.bad_steps", "health.hang_minutes",
+    "checkpoints.every", "checkpoints.keep", "checkpoints.keep_every", "checkpoints.keep_best",
+    "checkpoints.asynchronous", "parallel", "activation_checkpointing", "health.bad_steps", "health.rollbacks",
+    "health.hang_minutes", "health.stop_seconds", "health.slow_rank", "tracking", "profile",
 )  # fmt: skip
 # How a run is steered, which whoever names its directory may do; without a name, other values begin another run.
 _STEERING = (
     "steps", "schedule", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.groups", "optimizer.betas",
-    "optimizer.eps", "optimizer.momentum", "optimizer.max_grad_norm", "health",
+    "optimizer.eps", "optimizer.momentum", "optimizer.max_grad_norm", "health", "batch.stages",
+    "optimizer.ema_decay", "float8",
+    "data.sequence_length_stages",
 )  # fmt: skip
 
 
@@ -47,7 +54,7 @@ def choose_run_directory(recipe: Recipe, fits: Callable[[Path], bool] = lambda r
     if recipe.run_directory is not None:
         run = Path(recipe.run_directory)
         if (run / RECIPE).exists():
-            _refuse_another_recipe(run, recipe)
+            refuse_another_recipe(run, recipe)
         return run
     runs = _numbered(Path(recipe.runs), recipe.name)
     for run in reversed(runs):
@@ -131,8 +138,14 @@ def _differences(old: Recipe, new: Recipe, free_to_change: tuple[str, ...] = _FR
     return [key for key in a if a[key] != b[key] and key not in free_to_change and not key.startswith(free)]
 
 
-def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
-    different = _differences(recipe_from_run(run / RECIPE), recipe, _FREE_TO_CHANGE + _STEERING)
+def refuse_another_recipe(run: Location, recipe: Recipe) -> None:
+    """Raise unless the run in a directory, or of the checkpoints in a folder, may be gone on with by `recipe`.
+
+    Raises:
+        TrainingError: it is one of another recipe.
+    """
+    free = _FREE_TO_CHANGE + (_STEERING if recipe.run_directory is not None else ())
+    different = _differences(recipe_from_run(run / RECIPE), recipe, free)
     if different:
         raise TrainingError(
             f"{run} holds a run of another recipe ({', '.join(different)} differ); "

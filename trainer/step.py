@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -33,9 +34,17 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device, *, across_documents: bool) -> MicroBatch:
-        """The arrays of a `Batch` as tensors; `across_documents` drops its document boundaries."""
-        segments = None if across_documents else torch.from_numpy(batch.cu_seqlens).to(device)
+    def of(cls, batch: Batch, device: torch.device, *, across_documents: bool, length: int | None = None) -> MicroBatch:
+        """The arrays of a `Batch` as tensors.
+
+        Args:
+            across_documents: drop its document boundaries.
+            length: cut its rows into pieces of so many tokens, which do not see each other; divides theirs.
+        """
+        starts = [] if across_documents else [batch.cu_seqlens]
+        if length is not None and length < batch.inputs.shape[1]:
+            starts.append(np.arange(0, batch.inputs.size + 1, length, dtype=np.int32))
+        segments = torch.from_numpy(np.unique(np.concatenate(starts))).to(device) if starts else None
         return cls(torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.targets).to(device), segments)
 
     def valid_tokens(self) -> int:

@@ -16,6 +16,7 @@ from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.metrics import METRICS, read_metrics
 from tilewright.trainer.quantities import duration, short
 from tilewright.trainer.recipe import Recipe
+from tilewright.trainer.rollback import recorded_rollbacks
 from tilewright.trainer.run_directory import SUMMARY, write_atomically
 from tilewright.trainer.trained import continue_prompt
 
@@ -81,6 +82,7 @@ def finished_facts(
     results: Mapping[str, Mapping[str, float]],
     *,
     step: int,
+    tokens: int,
     parameters: int,
     matmul_peak: float,
     stopped_early: bool,
@@ -90,41 +92,48 @@ def finished_facts(
     Args:
         results: of the last evaluation, by name.
         step: the last one.
+        tokens: that were read for training.
         matmul_peak: FLOP/s that were measured.
     """
-    tokens = recipe.tokens_per_step()
     return {
         "name": recipe.name,
         "status": "finished",
         "steps": step,
-        "tokens": step * tokens,
-        "seconds": seconds_in_steps(run, tokens),
+        "tokens": tokens,
+        "seconds": seconds_in_steps(run, recipe),
         "parameters": parameters,
         "matmul_peak_flops": matmul_peak,
         "heldout": heldout_facts(results[HELDOUT], [corpus.folder for corpus in data.corpora.values()]),
         "heldout_sources": {name: results[name] for name in data.corpora if name != HELDOUT},
         "heldout_averaged": results.get(HELDOUT_AVERAGED, {}),
         "stopped_early": stopped_early,
+        "rollbacks": len(recorded_rollbacks(run)),
         "sample": continuation(run, recipe),
-        "step_seconds": step_seconds(run, tokens),
+        "step_seconds": step_seconds(run, recipe),
     }
 
 
-def seconds_in_steps(run: Path, tokens_per_step: int) -> float:
+def seconds_in_steps(run: Path, recipe: Recipe) -> float:
     """The time that a run's optimizer steps took, over all its resumptions; evaluation and pauses not counted."""
-    steps, _ = read_metrics(run / METRICS)
-    return float(sum(tokens_per_step / line["tokens_per_second"] for line in steps if line.get("tokens_per_second")))
+    return sum(_seconds_of(line, recipe) for line in read_metrics(run / METRICS)[0])
 
 
-def step_seconds(run: Path, tokens_per_step: int) -> dict[str, float]:
-    """The median time of a step, of those that began while a checkpoint was being written and of the others."""
-    lines, _ = read_metrics(run / METRICS)
+def step_seconds(run: Path, recipe: Recipe) -> dict[str, float]:
+    """The median time of a step, of those that began while a checkpoint was being written and of the others; those that
+    a profiler slowed down are left out."""
     seconds: dict[str, list[float]] = {"checkpoint_in_flight": [], "otherwise": []}
-    for line in lines:
-        if rate := line.get("tokens_per_second"):
-            kind = "checkpoint_in_flight" if line.get("checkpoint_in_flight") else "otherwise"
-            seconds[kind].append(tokens_per_step / rate)
+    for line in read_metrics(run / METRICS)[0]:
+        if (taken := _seconds_of(line, recipe)) and not line.get("profiled"):
+            seconds["checkpoint_in_flight" if line.get("checkpoint_in_flight") else "otherwise"].append(taken)
     return {kind: statistics.median(times) for kind, times in seconds.items() if times}
+
+
+def _seconds_of(line: Mapping[str, Any], recipe: Recipe) -> float:
+    """The time of a recorded step; 0 where that is not known."""
+    rate = line.get("tokens_per_second")
+    # A line that does not say how many is of a version that knew no stages.
+    sequences = line.get("sequences", recipe.batch.sequences)
+    return float(sequences * recipe.data.sequence_length / rate) if rate else 0.0
 
 
 def closing_text(facts: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ import torch
 from tilewright.corpus import Corpus
 from tilewright.kernels import choose
 from tilewright.model import Transformer, generate
-from tilewright.trainer.averaging import averaged_state
-from tilewright.trainer.checkpoint import committed, load, training_state
+from tilewright.trainer.averaging import AVERAGE, averaged_state
+from tilewright.trainer.checkpoint import committed, load, seen_by_the_first, training_state
 from tilewright.trainer.data import TrainingData, check_same_data, open_data
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
@@ -41,7 +41,7 @@ def load_trained(run: Path, device: torch.device, *, averaged: bool = False) -> 
     if averaged and not recipe.optimizer.ema_decay:
         raise TrainingError(f"{run} keeps no average of its weights: its recipe has optimizer.ema_decay 0")
     check_kernels(device, getattr(torch, recipe.compute_dtype))
-    checkpoints = committed(run)
+    checkpoints = seen_by_the_first(lambda: committed(run, recipe.checkpoints.folder), None)
     if not checkpoints:
         raise TrainingError(f"{run} holds no committed checkpoint yet; let the run come to one, or stop it with Ctrl-C")
     data = open_data(recipe.data)
@@ -50,7 +50,12 @@ def load_trained(run: Path, device: torch.device, *, averaged: bool = False) -> 
     with torch.device("meta"):
         model = Transformer(recipe.model)
     model.to_empty(device="cpu")
-    load(checkpoints[-1], averaged_state(dict(model.named_parameters())) if averaged else training_state(model))
+    wanted = averaged_state(dict(model.named_parameters())) if averaged else training_state(model)
+    if load(checkpoints[-1], wanted, optional=(AVERAGE,)):
+        raise TrainingError(
+            f"{checkpoints[-1].path} is of a step before optimizer.ema_decay was set, and holds no average of the "
+            "weights; let the run come to its next checkpoint"
+        )
     for parameter in model.parameters():
         # The parameters alone: the rotary tables stay float32.
         parameter.data = parameter.data.to(device, getattr(torch, recipe.compute_dtype))

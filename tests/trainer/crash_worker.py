@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint.filesystem as dcp_filesystem
+from object_store import ObjectStore  # beside this script
 
 from tilewright.cli.main import main
-from tilewright.trainer import checkpoint_files, checkpoint_writer, loop, metrics, parallel
+from tilewright.trainer import checkpoint_files, checkpoint_writer, loop, metrics, parallel, storage
 
 # What the others have to notice that one has died. A launcher ends them at once; here they are left to it, but for
 # those that still wait for a dead one to come up, which cannot notice.
@@ -96,7 +97,7 @@ def in_a_metrics_line(reached: Callable[[], None]) -> None:
 
 
 def in_the_removal_of_an_old_checkpoint(reached: Callable[[], None]) -> None:
-    original = checkpoint_files.shutil.rmtree
+    original = storage.shutil.rmtree
 
     def wrapped(path: Path, *args: Any, **options: Any) -> None:
         files = sorted(Path(path).glob("*.distcp"))
@@ -105,7 +106,7 @@ def in_the_removal_of_an_old_checkpoint(reached: Callable[[], None]) -> None:
             reached()
         original(path, *args, **options)
 
-    checkpoint_files.shutil.rmtree = wrapped  # type: ignore[assignment]
+    storage.shutil.rmtree = wrapped  # type: ignore[assignment]
 
 
 # What a process is doing when it reaches each point, and how to have it notice.
@@ -117,11 +118,13 @@ POINTS: dict[str, Callable[[Callable[[], None]], None]] = {
     "in the copy": in_the_copy,
     "in a file of tensors": before(dcp_filesystem, "_write_item"),
     "before a sync": before(os, "fsync"),
-    "before a fingerprint": before(checkpoint_files.hashlib, "file_digest"),
+    "before a file is verified": before(checkpoint_files.hashlib, "file_digest"),
     "between writing and the commit": before(checkpoint_writer, "commit"),
     "in the commit": before(Path, "replace"),
     "after the commit": after(checkpoint_writer, "commit"),
     "in the removal of an old checkpoint": in_the_removal_of_an_old_checkpoint,
+    "before an object is there": before(ObjectStore, "appear"),
+    "before an object is removed": before(ObjectStore, "rm_file"),
 }
 
 

@@ -275,7 +275,8 @@ def test_each_process_reads_its_share_of_the_files_and_all_hear_of_the_damage(
 ) -> None:
     files = {f"__{rank}_0.distcp": Fingerprint(1, "-") for rank in range(5)} | {".metadata": Fingerprint(1, "-")}
     read: list[list[str]] = []
-    monkeypatch.setattr(checkpoint_reader, "marked_files", lambda _: files)
+    seen = iter([files])  # by the first process, and no other asks
+    monkeypatch.setattr(checkpoint_reader, "marked_files", lambda _: next(seen))
     monkeypatch.setattr(
         checkpoint_reader, "_damage", lambda _, name, __: read[-1].append(name) or ("bad" if "__3" in name else None)
     )
@@ -284,10 +285,13 @@ def test_each_process_reads_its_share_of_the_files_and_all_hear_of_the_damage(
         size = 4
 
         def __init__(self, rank: int) -> None:
-            self.rank = rank
+            self.rank, self.first = rank, rank == 0
 
-        def gather(self, problem: str) -> list[str]:
-            return [problem, "of another process"]
+        def first_decides(self, decision: Callable[[], object]) -> object:
+            return decision() if self.first else sorted(files.items())
+
+        def gather(self, problem: object) -> list[object]:
+            return [problem, ("of another process", None)]
 
     for rank in range(4):
         read.append([])
@@ -295,6 +299,23 @@ def test_each_process_reads_its_share_of_the_files_and_all_hear_of_the_damage(
         assert told == ("bad" if "__3_0.distcp" in read[-1] else "of another process")
     assert sorted(name for names in read for name in names) == sorted(files)
     assert max(map(len, read)) == 2
+
+
+def test_a_file_that_cannot_be_read_is_told_to_all_processes_and_not_taken_for_damage(
+    processes: World, saved: Committed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[object] = []
+    gather = World.gather
+    monkeypatch.setattr(World, "gather", lambda self, value: gathered.append(value) or gather(self, value))
+
+    def failing(path: Path) -> Fingerprint:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Fingerprint, "of", failing)
+    told = r"step-00000020 cannot be read: .metadata: Input/output error; mend that, then give the same command again$"
+    with pytest.raises(TrainingError, match=told):
+        load(saved, state_of(processes, 9), processes)
+    assert len(gathered) == 1
 
 
 def test_the_checkpoint_of_another_model_is_refused_with_the_first_difference(
@@ -325,6 +346,37 @@ def test_code_in_a_foreign_checkpoint_is_not_run(processes: World, saved: Commit
     with pytest.raises(TrainingError, match=r"was not written by Tilewright .* has no place in a checkpoint"):
         load(saved, state_of(processes, 9), processes)
     assert not flag.exists()
+
+
+def test_metadata_that_name_a_file_which_was_not_verified_are_refused(processes: World, saved: Committed) -> None:
+    there = saved.path / ".metadata"
+    metadata = pickle.loads(there.read_bytes())
+    for part in metadata.storage_data.values():
+        part.relative_path = "../step-00000010/__0_0.distcp"
+    there.write_bytes(pickle.dumps(metadata))
+    forge_marker(saved)
+    told = r"names the file ../step-00000010/__0_0.distcp, which is none of this checkpoint's; remove"
+    with pytest.raises(TrainingError, match=told):
+        load(saved, state_of(processes, 9), processes)
+
+
+@pytest.mark.parametrize("name", ["../step-00000010/__0_0.distcp", "/etc/hostname", ".."])
+def test_a_marker_that_names_a_file_elsewhere_is_refused(processes: World, saved: Committed, name: str) -> None:
+    marker = json.loads((saved.path / MARKER).read_text())
+    marker["files"][name] = marker["files"][".metadata"]
+    (saved.path / MARKER).write_text(json.dumps(marker))
+    with pytest.raises(TrainingError, match=r"COMMITTED.json is not one that this version wrote; remove"):
+        load(saved, state_of(processes, 9), processes)
+
+
+def test_what_a_file_returns_from_a_write_does_not_count(processes: World, tmp_path: Path) -> None:
+    class Silent:
+        def write(self, data: bytes) -> None:
+            """As some file systems do, say nothing."""
+
+    file = checkpoint_writer._FingerprintedFile(Silent())
+    assert file.write(memoryview(torch.arange(3, dtype=torch.int32).numpy())) == 12  # type: ignore[arg-type]
+    assert file.fingerprint().size == 12
 
 
 def forge_marker(saved: Committed) -> None:

@@ -3,6 +3,7 @@
 Also what becomes of several processes when one of them is asked to leave, or finds the disk full or a file damaged.
 """
 
+import importlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from tilewright.trainer.checkpoint import committed
-from tilewright.trainer.checkpoint_files import uncommitted
+from tilewright.trainer.checkpoint_files import checkpoint_folder, uncommitted_in
 from tilewright.trainer.checkpoint_reader import find_damage
 from tilewright.trainer.metrics import read_metrics
 
@@ -37,15 +38,20 @@ CALLS = {
     "in the copy": 4,
     "in a file of tensors": 100,
     "before a sync": 8,
-    "before a fingerprint": 4,
+    "before a file is verified": 1,
     "between writing and the commit": 4,
     "in the commit": 4,
     "after the commit": 4,
     "in the removal of an old checkpoint": 2,
 }
+# The same of checkpoints in an object store, which syncs and renames nothing.
+CALLS_OF_A_STORE = {
+    point: calls for point, calls in CALLS.items() if not point.startswith(("before a sync", "in the re"))
+}
+CALLS_OF_A_STORE |= {"before an object is there": 12, "before an object is removed": 6}
 OF_THE_FIRST = (
     "in a line of metrics", "between writing and the commit", "in the commit", "after the commit",
-    "in the removal of an old checkpoint",
+    "in the removal of an old checkpoint", "before an object is removed",
 )  # fmt: skip
 
 
@@ -67,9 +73,10 @@ def life(starter: subprocess.Popen[str], tiny_recipe: Write, tmp_path: Path) -> 
     """One life of a run: the statuses of its processes."""
     recipe = tiny_recipe(steps=STEPS, sample__prompt="")
 
-    def live(run: str, fault: dict[str, Any] | None = None, processes: int = 2) -> list[int]:
+    def live(run: str, fault: dict[str, Any] | None = None, processes: int = 2, folder: str = "") -> list[int]:
+        arguments = ["train", str(recipe), "--run_directory", str(tmp_path / run), "--checkpoints.folder", folder]
         order = {
-            "arguments": ["train", str(recipe), "--run_directory", str(tmp_path / run)],
+            "arguments": arguments,
             "processes": processes,
             "log": str(tmp_path / f"{run}.log"),
             "fault": fault and {"what": "SIGKILL", "all": False} | fault,
@@ -83,25 +90,34 @@ def life(starter: subprocess.Popen[str], tiny_recipe: Write, tmp_path: Path) -> 
     return live
 
 
+@pytest.fixture
+def object_store(tmp_path: Path) -> str:
+    """The URL of a folder in an object store that processes share."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    importlib.import_module("object_store")  # registers it
+    sys.path.pop(0)
+    return f"bucket://{tmp_path}/a.store/runs"
+
+
 def record(run: Path) -> tuple[list[tuple[int, float, float]], list[Any]]:
     """What a run computed: step, loss and gradient norm of every step, and every evaluation."""
     steps, evaluations = read_metrics(run / "metrics.jsonl")
     return [(line["step"], line["loss"], line["grad_norm"]) for line in steps], evaluations
 
 
-def assert_intact(run: Path, why: str) -> None:
+def assert_intact(run: Path, why: str, folder: str = "") -> None:
     """Whatever counts as a checkpoint is whole."""
-    for checkpoint in committed(run):
+    for checkpoint in committed(run, folder):
         assert find_damage(checkpoint) is None, why
 
 
-def assert_as_never_killed(tmp_path: Path, run: str, whole: str, why: str) -> None:
+def assert_as_never_killed(tmp_path: Path, run: str, whole: str, why: str, folder: str = "") -> None:
     assert record(tmp_path / run) == record(tmp_path / whole), why
-    steps = [checkpoint.step for checkpoint in committed(tmp_path / run)]
+    steps = [checkpoint.step for checkpoint in committed(tmp_path / run, folder)]
     assert steps[-2:] == [STEPS - 2, STEPS], why
     if f"after step {STEPS}" not in log(tmp_path, run):  # killed after its last commit, it had none to clean up with
         assert len(steps) == 2, why
-        assert uncommitted(tmp_path / run) == [], why
+        assert uncommitted_in(checkpoint_folder(tmp_path / run, folder)) == [], why
 
 
 def log(tmp_path: Path, run: str) -> str:
@@ -142,7 +158,7 @@ def test_a_disk_that_is_full_for_one_process_ends_all_in_the_same_sentence_and_l
     assert told.count(sentence) == 2, told
     assert "Traceback" not in told
     assert [checkpoint.step for checkpoint in committed(tmp_path / "run")] == [2]
-    assert uncommitted(tmp_path / "run") == []
+    assert uncommitted_in(tmp_path / "run" / "checkpoints") == []
     assert life("run") == life("whole") == [0, 0]
     assert_as_never_killed(tmp_path, "run", "whole", "the disk was full")
 
@@ -184,18 +200,41 @@ def test_killed_at_named_points_and_at_a_random_instant_a_run_gives_the_losses_o
         assert_as_never_killed(tmp_path, run, "whole", why)
 
 
-def any_kill(rng: random.Random, processes: int, seconds: float) -> dict[str, Any]:
+KILLS_WITH_A_STORE = [
+    {"point": "before an object is there", "call": 3, "rank": 0, "all": False},
+    {"point": "before an object is removed", "call": 2, "rank": 0, "all": True},
+    {"point": "between writing and the commit", "call": 2, "rank": 0, "all": True},
+]
+
+
+def test_killed_while_an_object_store_is_written_to_a_run_gives_the_losses_of_one_never_killed(
+    life: Life, object_store: str, tmp_path: Path
+) -> None:
+    assert life("whole") == [0, 0], log(tmp_path, "whole")
+    instant = {"seconds": random.Random(SEED).uniform(0.0, 3.0), "rank": 1, "all": True}
+    for number, kill in enumerate([*KILLS_WITH_A_STORE, instant]):
+        run, why = f"killed-{number}", f"TILEWRIGHT_CRASH_SEED={SEED}, {kill}"
+        statuses = life(run, kill, folder=object_store)
+        assert statuses[kill["rank"]] < 0 or "seconds" in kill, f"{why}: it was not killed {log(tmp_path, run)}"
+        assert_intact(tmp_path / run, why, object_store)
+        assert life(run, folder=object_store) == [0, 0], f"{why}: {log(tmp_path, run)}"
+        assert_as_never_killed(tmp_path, run, "whole", why, object_store)
+
+
+def any_kill(rng: random.Random, processes: int, seconds: float, calls: dict[str, int]) -> dict[str, Any]:
     """A kill at any point or instant, of one process or of all."""
     rank, everyone = rng.randrange(processes), rng.random() < 0.5
     if rng.random() < 0.4:
         return {"seconds": rng.uniform(0.0, seconds), "rank": rank, "all": everyone}
-    point = rng.choice(list(CALLS))
+    point = rng.choice(list(calls))
     rank = 0 if point in OF_THE_FIRST else rank
-    return {"point": point, "call": rng.randint(1, CALLS[point]), "rank": rank, "all": everyone}
+    return {"point": point, "call": rng.randint(1, calls[point]), "rank": rank, "all": everyone}
 
 
 @pytest.mark.soak
-def test_killed_some_hundred_times_runs_give_the_losses_of_runs_never_killed(life: Life, tmp_path: Path) -> None:
+def test_killed_some_hundred_times_runs_give_the_losses_of_runs_never_killed(
+    life: Life, object_store: str, tmp_path: Path
+) -> None:
     end = time.monotonic() + 60 * SOAK_MINUTES
     seconds = {}
     for processes in (1, 2, 4):
@@ -206,16 +245,17 @@ def test_killed_some_hundred_times_runs_give_the_losses_of_runs_never_killed(lif
     while time.monotonic() < end:
         seed, number = SEED + number, number + 1
         rng, run = random.Random(seed), f"killed-{seed}"
-        processes = rng.choice((1, 2, 2, 4))
+        processes, folder = rng.choice((1, 2, 2, 4)), rng.choice(("", "", object_store))
+        calls = CALLS_OF_A_STORE if folder else CALLS
         for _ in range(rng.randint(1, 6)):
-            kill = any_kill(rng, processes, seconds[processes])
+            kill = any_kill(rng, processes, seconds[processes], calls)
             why = f"TILEWRIGHT_CRASH_SEED={seed}, {kill}"
-            statuses = life(run, kill, processes)
+            statuses = life(run, kill, processes, folder)
             killed += min(statuses) < 0
             assert all(status <= 0 or status == 2 for status in statuses), f"{why}: {log(tmp_path, run)}"
             assert -6 not in statuses, f"{why}: a survivor did not notice"
-            assert_intact(tmp_path / run, why)
+            assert_intact(tmp_path / run, why, folder)
         why = f"TILEWRIGHT_CRASH_SEED={seed}"
-        assert life(run, None, processes) == [0] * processes, f"{why}: {log(tmp_path, run)}"
-        assert_as_never_killed(tmp_path, run, f"whole-{processes}", why)
+        assert life(run, None, processes, folder) == [0] * processes, f"{why}: {log(tmp_path, run)}"
+        assert_as_never_killed(tmp_path, run, f"whole-{processes}", why, folder)
     print(f"{killed} kills in {number} runs from TILEWRIGHT_CRASH_SEED={SEED}")

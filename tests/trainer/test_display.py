@@ -32,14 +32,23 @@ class Screen:
             "lr": 1.2e-3,
             "grad_norm": 0.834,
             "tokens": 8192 * step,
+            "sample": 0,
+            "sequences": 8,
+            "sequence_length": 32,
             "tokens_per_second": 7210.4,
+            "tokens_per_second_since_start": 6543.2,
             "mfu": 0.4123,
+            "hfu": 0.4987,
             "peak_memory_bytes": 1_120_000_000,
+            "memory": {"parameters": 40_000_000, "activations": 530_000_000},
             "data_wait": 0.01,
             "checkpoint_in_flight": False,
             "grad_norms": {"embedding": 0.6, "blocks.0": 0.8},
             "seconds": {"forward": 0.25, "backward": 0.5},
             "skipped": False,
+            "profiled": False,
+            "slowest_rank": None,
+            "slowest_behind": None,
         }
         self.display.step(**{**fields, **changes})
 
@@ -111,6 +120,16 @@ def test_the_time_left_follows_the_recent_steps_not_the_slow_first_one(log):
     assert log.lines[-1].endswith(f"  {duration(per_step * (800 - 112))} left")
 
 
+def test_the_time_left_counts_anew_from_where_a_run_went_back(log):
+    log.start()
+    for step in (1, 2, 3, 9):
+        log.step(step, after=6.0)
+    log.step(4, after=6.0)
+    assert "left" not in log.lines[-1]
+    log.step(5, after=6.0)
+    assert log.lines[-1].endswith(f"  {duration(6.0 * (800 - 5))} left")
+
+
 def test_nothing_is_left_after_the_last_step(log):
     log.start(total=2)
     log.step(1)
@@ -160,6 +179,7 @@ def test_the_panel_shows_every_figure_whole_at_any_width(width):
     for figure in (
         "quickstart", "step 200/800 25%", "loss 4.213", "tokens/s 7,210", "lr 1.2e-03", "MFU 41.2%", "grad norm 0.83",
         "memory 1.12 GB", "tokens 1.64 M", "elapsed 1m03s", "left 20m00s", "heldout 1.873 bits/byte", "at step 200",
+        "HFU 49.9%", "since start 6,543/s", "activations 0.53 GB",
     ):  # fmt: skip
         assert figure in words
     assert max(map(len, text.splitlines())) == width

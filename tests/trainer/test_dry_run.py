@@ -38,6 +38,12 @@ def test_what_is_sharded_falls_as_one_over_the_processes(processes: int) -> None
         assert memory[kind] == pytest.approx(times * PARAMETERS / processes, rel=1e-3)
 
 
+def test_bfloat16_state_is_half_the_memory_of_the_optimizer() -> None:
+    halved = Optimizer(learning_rate=1e-4, implementation="tilewright", state_dtype="bfloat16")
+    memory = plan(dataclasses.replace(recipe(), optimizer=halved), "64xH100").memory
+    assert memory["optimizer"] == pytest.approx(4 * PARAMETERS / 64, rel=1e-3)
+
+
 def test_replicas_each_hold_a_whole_model() -> None:
     whole = plan(recipe(), "64xH100").memory
     halves = plan(recipe(parallel=Parallel(replicas=2)), "64xH100").memory

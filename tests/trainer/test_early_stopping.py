@@ -49,9 +49,12 @@ def test_it_stops_after_so_many_evaluations_without_a_better_one(
     assert stops_at(losses, margin) == stops
 
 
-def test_a_loss_over_other_text_is_no_better_and_begins_a_new_comparison() -> None:
-    assert stops_at([4, 5, 1], tokens=[7, 7, 90]) == [2]
-    assert stops_at([4, 6, 5.5, 5.6], tokens=[7, 90, 90, 90]) == []
+def test_losses_are_compared_over_the_same_text_alone() -> None:
+    # A run that came to its end, scored all held-out text, and then went on.
+    assert stops_at([4, 3, 1, 2.9, 2.8], tokens=[7, 7, 90, 7, 7]) == []
+    assert stops_at([4, 3, 9, 3.1, 2.9], tokens=[7, 7, 90, 7, 7]) == []
+    assert stops_at([4, 3, 1, 3.1, 3.2], tokens=[7, 7, 90, 7, 7]) == [4]
+    assert stops_at([4, 6, 5.5, 5.6, 5.7], tokens=[7, 90, 90, 90, 90]) == [4]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +108,7 @@ def test_a_run_that_was_killed_stops_at_the_step_of_one_that_was_not(
     resumed, _ = run(recipe)
     assert (resumed.status, resumed.step) == ("finished", 4)
     steps = [[line["step"] for line in lines] for lines in read_metrics(resumed.run / "metrics.jsonl")]
-    assert steps == [[1, 2, 3, 4], [0, 2, 4]]
+    assert steps == [[1, 2, 3, 4], [0, 2, 4, 4]]  # the last over all held-out text
 
 
 def test_two_processes_stop_together_with_the_figures_of_one(tiny_recipe: Write, tmp_path: Path) -> None:

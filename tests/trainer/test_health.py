@@ -1,5 +1,6 @@
 """Steps that go wrong: skipped by all processes alike, told of, kept for a look, and at last the end of the run."""
 
+import dataclasses
 import io
 import json
 import math
@@ -26,6 +27,7 @@ from tilewright.trainer.parallel import World, sharded_model, world
 from tilewright.trainer.recipe import Health, Optimizer
 from tilewright.trainer.recipe_file import load_recipe
 from tilewright.trainer.replay import replay
+from tilewright.trainer.run_directory import choose_run_directory, save_recipe
 from tilewright.trainer.step import MicroBatch, train_step
 
 Write = Callable[..., Path]
@@ -202,6 +204,15 @@ def test_how_a_run_is_spread_and_watched_may_change_when_it_goes_on(tiny_recipe:
     longer = ("--steps", "6", "--run_directory", str(first.run), "--health.hang_minutes", "0", "--health.spike", "none")
     again, _ = run(tiny_recipe(), *longer, "--activation_checkpointing.mode", "full", "--parallel.reduce", "every")
     assert (again.run, again.step) == (first.run, 6)
+
+
+def test_what_is_taken_for_hung_or_slow_may_change_when_an_unfinished_run_goes_on(tiny_recipe: Write) -> None:
+    recipe = load_recipe(str(tiny_recipe()))
+    run = choose_run_directory(recipe)
+    run.mkdir(parents=True)
+    save_recipe(run, recipe)
+    other = Health(hang_minutes=5.0, stop_seconds=60.0, slow_rank=0.5)
+    assert choose_run_directory(dataclasses.replace(recipe, health=other)) == run
 
 
 def test_a_checkpoint_that_came_due_at_a_skipped_step_is_taken_after_the_next_good_one(tiny_recipe: Write) -> None:

@@ -17,14 +17,23 @@ def line(step, **changes):
         "lr": 1e-3,
         "grad_norm": 0.5,
         "tokens": 1024 * step,
+        "sample": 0,
+        "sequences": 8,
+        "sequence_length": 32,
         "tokens_per_second": 7000.0,
+        "tokens_per_second_since_start": 6000.0,
         "mfu": 0.4,
+        "hfu": 0.5,
         "peak_memory_bytes": 10**9,
+        "memory": {"parameters": 4000, "activations": None},
         "data_wait": 0.01,
         "checkpoint_in_flight": False,
         "grad_norms": {"embedding": 0.6, "blocks.0": 0.8},
         "seconds": {"forward": 0.25, "backward": 0.5},
         "skipped": False,
+        "profiled": False,
+        "slowest_rank": 1,
+        "slowest_behind": 0.05,
         **changes,
     }
 
@@ -180,7 +189,7 @@ def test_tensorboard_shows_every_figure_and_each_step_once_after_resuming(record
     record(range(3, 6), resume=2, evaluated=[4], bits=1.5)
     shown = events(tmp_path / "tensorboard")
     plain = {name for name, value in line(1).items() if name != "step" and not isinstance(value, dict)}
-    parts = {"grad_norms/embedding", "grad_norms/blocks.0", "seconds/forward", "seconds/backward"}
+    parts = {"grad_norms/embedding", "grad_norms/blocks.0", "seconds/forward", "seconds/backward", "memory/parameters"}
     assert set(shown) == {f"train/{name}" for name in plain | parts} | {
         f"eval/heldout/{name}" for name in result()["heldout"]
     }

@@ -221,6 +221,7 @@ def test_the_steps_of_a_run_by_apex_are_torchs(processes: World, monkeypatch: py
         (["--optimizer.momentum", "1"], "optimizer.momentum is 1.0; it must be at least 0 and less than 1"),
         (["--optimizer.ema_decay", "-0.1"], "optimizer.ema_decay is -0.1; it must be at least 0 and less than 1"),
         (["--optimizer.kind", "sgd", "--optimizer.implementation", "apex"], "'apex', which is of AdamW"),
+        (["--optimizer.state_dtype", "bfloat16"], "state_dtype is 'bfloat16'.* optimizer.implementation is 'auto'"),
         (["--optimizer.groups", "[{match: '('}]"], r"groups\[0\].match is '\(', which is no regular expression"),
         (["--optimizer.groups", "[{match: a, weight_decay: -1}]"], r"groups\[0\].weight_decay is -1.0; it must be 0"),
         (["--optimizer.groups", "[{match: a, learning_rate: 1}]"], r"is 'optimizer.groups\[0\].learning_rate_factor'"),

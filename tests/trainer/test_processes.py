@@ -42,7 +42,13 @@ def assert_same_run(one: tuple[list[Any], list[Any]], other: tuple[list[Any], li
 @pytest.mark.parametrize("preset", ["llama-10m", "gpt2"])
 def test_two_processes_find_the_losses_of_one(tiny_recipe: Write, tmp_path: Path, preset: str) -> None:
     recipe = tiny_recipe(model__preset=preset)
-    assert_same_run(trained(1, recipe, tmp_path / "one"), trained(2, recipe, tmp_path / "two"))
+    one, two = trained(1, recipe, tmp_path / "one"), trained(2, recipe, tmp_path / "two", "--profile.steps", "[6]")
+    assert_same_run(one, two)
+    whole, half = (run[0][-1]["memory"] for run in (one, two))
+    for kind in ("parameters", "optimizer"):
+        assert half[kind] == pytest.approx(whole[kind] / 2, rel=0.01)
+    profiles = {path.name for path in (tmp_path / "two" / "profile" / "step-00000006").glob("*.trace.json.gz")}
+    assert profiles == {"rank-0.trace.json.gz", "rank-1.trace.json.gz"}
 
 
 def test_a_run_started_on_two_processes_goes_on_with_one_and_back(tiny_recipe: Write, tmp_path: Path) -> None:
@@ -81,4 +87,6 @@ def test_a_batch_that_the_processes_do_not_divide_ends_in_one_sentence_and_statu
     assert "tilewright: batch.sequences is 9, which 2 processes do not divide; set it to 8 or 10" in done.stderr
     # The launcher reports the failed process with a traceback of its own; none may show our code.
     assert "cli/main.py" not in done.stderr
-    assert "exitcode  : 2" in done.stderr
+    _, _, cause = done.stderr.partition("Root Cause (first observed failure):")
+    assert "exitcode  : 2" in cause
+    assert "traceback : batch.sequences is 9, which 2 processes do not divide" in cause

@@ -12,7 +12,7 @@ from tilewright.trainer.report_plots import _thin, plots, smoothed, tokens_at
 
 STEPS = 60
 NASTY = """<script>alert("1")</script> & 'x' $\\nope$"""
-TITLES = ["Training loss", "Held-out text", "Throughput", "MFU", "Learning rate", "Gradient norm", "Memory"]
+TITLES = ["Training loss", "Held-out text", "Throughput", "MFU", "Memory", "Gradient norm", "Learning rate"]
 
 
 def training_line(step, **changes):
@@ -177,6 +177,85 @@ def test_without_mfu_there_is_no_plot_of_it_and_losses_that_were_not_finite_leav
     page = write(training=training)
     assert page.plots == [title for title in TITLES if title != "MFU"]
     assert "training loss 2.000 nats per token, from 2.000" in page.text
+
+
+def observed_line(step, **changes):
+    kinds = {
+        "parameters": 10**8,
+        "gradients": 10**8,
+        "optimizer": 2 * 10**8,
+        "activations": None if step < 3 else 10**8,
+    }
+    seconds = {"data": 0.01, "forward": 0.04, "backward": 0.08, **({"checkpoint": 0.3} if step == 20 else {})}
+    line = training_line(
+        step, hfu=0.5, memory=kinds, seconds=seconds, tokens_per_second_since_start=5000.0, profiled=False
+    )
+    return {**line, **changes}
+
+
+def plot_of(page, title):
+    (drawing,) = (drawing for drawing in page.drawings() if f'aria-label="{title}"' in drawing)
+    return drawing
+
+
+def test_speed_and_memory_by_their_parts(write):
+    page = write(training=[observed_line(step) for step in range(1, STEPS + 1)])
+    page.check()
+    assert page.plots == [*TITLES[:4], "Time by phase", *TITLES[4:]]
+    assert "median step; 5,000 with all pauses" in page.text
+    assert "MFU 40.3% of 0.80 TFLOP/s · HFU 50.0%" in page.text
+    for title, names in {
+        "Throughput": {"each step", "since the start, pauses counted"},
+        "MFU": {"MFU", "HFU, with what is computed again"},
+        "Time by phase": {"forward", "backward", "data", "checkpoint", "other"},
+        "Memory": {"parameters", "optimizer", "gradients", "activations", "peak so far"},
+    }.items():
+        assert names <= set(re.findall(r">([^<>]*)</text>", plot_of(page, title))), title
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 2000])
+def test_a_run_of_any_length_has_its_plots(write, steps):
+    page = write(training=[observed_line(step) for step in range(1, steps + 1)])
+    assert {"Time by phase", "Memory"} <= set(page.plots)
+
+
+def test_hfu_is_left_out_where_it_is_mfu_or_not_known(write):
+    for hfu in (lambda mfu: mfu, lambda mfu: None):
+        training = [observed_line(step, hfu=hfu(training_line(step)["mfu"])) for step in range(1, 30)]
+        page = write(training=training)
+        assert "· HFU" not in page.text
+        assert "HFU" not in plot_of(page, "MFU")
+
+
+def test_steps_that_were_profiled_say_nothing_of_the_speed(write):
+    slow = {"tokens_per_second": 9.0, "mfu": 0.0001, "hfu": 0.0002, "profiled": True}
+    training = [observed_line(step, **(slow if step % 3 else {})) for step in range(1, STEPS + 1)]
+    page = write(training=training)
+    assert "tokens per second 7,032 median step" in page.text
+    assert "MFU 40.3%" in page.text
+    unknown = {"tokens_per_second": None, "mfu": None, "hfu": None, "seconds": {}}
+    without = write(training=[{**line, **unknown} if line["profiled"] else line for line in training])
+    for title in ("Throughput", "MFU", "Time by phase"):
+        assert plot_of(page, title) == plot_of(without, title)
+
+
+def test_the_page_of_a_run_that_goes_on_says_how_far_it_is_and_is_read_again(write, tmp_path, read_page):
+    write(summary=None, training=[training_line(15)], recipe="name: quickstart\nsteps: 60\n")
+    page = read_page(write_report(tmp_path / "run-001", running=True))
+    page.check()
+    assert "run-001 running 15 of 60 steps · A CPU · as of 2" in page.text
+    assert ("div", [("style", "width: 25.0%")]) in page.elements
+    assert ("meta", [("http-equiv", "refresh"), ("content", "30")]) in page.elements
+    assert "Missing" not in page.text
+    assert "http-equiv" not in write(summary=None).source
+
+
+@pytest.mark.parametrize("recipe", ["steps: many\n", "[1, 2]", "a: [", "steps: 0", None])
+def test_a_recipe_that_does_not_say_how_many_steps_there_will_be_is_no_harm(write, tmp_path, read_page, recipe):
+    write(summary=None, recipe=recipe)
+    page = read_page(write_report(tmp_path / "run-001", running=True))
+    assert "running 60 steps" in page.text
+    assert '<div class="progress">' not in page.source
 
 
 def test_all_plots_span_the_same_tokens(write):

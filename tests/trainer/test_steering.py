@@ -2,18 +2,20 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.metrics import read_metrics
 from tilewright.trainer.recipe_file import load_recipe
-from tilewright.trainer.trained import evaluate_run
+from tilewright.trainer.trained import evaluate_run, load_trained
 
 Write = Callable[..., Path]
 
@@ -75,7 +77,7 @@ def test_a_finished_run_goes_on_for_more_steps_with_a_restart(tiny_recipe: Write
         run(recipe, *name, "--steps", "8")
 
 
-@pytest.mark.parametrize("optimizer", [{"kind": "muon"}, {"implementation": "tilewright"}])
+@pytest.mark.parametrize("optimizer", [{"kind": "muon"}, {"implementation": "tilewright", "state_dtype": "bfloat16"}])
 def test_a_killed_run_of_any_optimizer_with_averaged_weights_goes_on_to_the_bit(
     tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, str]
 ) -> None:
@@ -95,6 +97,46 @@ def test_a_killed_run_of_any_optimizer_with_averaged_weights_goes_on_to_the_bit(
     assert summary["heldout_averaged"] == last[0]["heldout_averaged"]
     for averaged, name in ((False, "heldout"), (True, "heldout_averaged")):
         assert evaluate_run(whole.run, averaged=averaged)[1]["heldout"]["loss"] == pytest.approx(losses[name], rel=1e-5)
+
+
+def test_an_average_that_begins_within_a_run_begins_with_the_weights_of_then(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(
+        schedule__kind="constant", sample__prompt="", evaluation__every=0, checkpoints__every=1, checkpoints__keep=9
+    )
+    name = ("--run_directory", str(recipe.parent / "named"))
+    run(recipe, *name, "--steps", "4")
+    output = io.StringIO()
+    with monkeypatch.context() as patch:
+        kill_in_step(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_recipe(str(recipe), (*name, "--optimizer.ema_decay", "0.5")), Console(file=output, width=200))
+    assert "averaged     weights from those of step 4 on: no average was kept before" in output.getvalue()
+    with pytest.raises(TrainingError, match=r"is of a step before optimizer.ema_decay was set"):
+        evaluate_run(recipe.parent / "named", averaged=True)
+    outcome = run(recipe, *name, "--optimizer.ema_decay", "0.5")
+    # The weights of step 4 stand for those of the steps 1 to 4.
+    weights = {}
+    for step in (4, 5, 6):
+        shutil.copytree(outcome.run, folder := recipe.parent / f"at-{step}", dirs_exist_ok=True)
+        for later in (folder / "checkpoints").iterdir():
+            if int(later.name[5:]) > step:
+                shutil.rmtree(later)
+        weights[step] = load_trained(folder, torch.device("cpu")).model.state_dict()
+    average = load_trained(outcome.run, torch.device("cpu"), averaged=True).model.state_dict()
+    total = sum(0.5**n for n in range(6))
+    for key, value in average.items():
+        expected = (weights[6][key] + 0.5 * weights[5][key] + (total - 1.5) * weights[4][key]) / total
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_kind_of_optimizer_does_not_go_on_with_a_run(tiny_recipe: Write) -> None:
+    recipe = tiny_recipe(sample__prompt="")
+    name = ("--run_directory", str(recipe.parent / "named"))
+    run(recipe, *name, "--steps", "2")
+    with pytest.raises(TrainingError, match=r"named holds a run of another recipe \(optimizer.kind differ\)"):
+        run(recipe, *name, "--optimizer.kind", "sgd")
 
 
 def test_averaged_weights_that_were_not_kept_are_refused(tiny_recipe: Write) -> None:
