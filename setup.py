@@ -6,7 +6,11 @@ The folders stand at the root of the repository and are imported under ``tilewri
 
 from setuptools import setup
 
-FOLDERS = ("kernels", "kernels.nn", "kernels.huggingface", "model", "corpus", "trainer", "cli", "recipes")
+TRAINER = ("checkpoints", "health", "optimization", "parallel", "plan", "recipe", "record")
+FOLDERS = (
+    *("kernels", "kernels.nn", "kernels.huggingface", "model", "corpus", "cli", "recipes", "trainer"),
+    *(f"trainer.{folder}" for folder in TRAINER),
+)
 
 setup(
     name="tilewright",

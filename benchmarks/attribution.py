@@ -24,9 +24,9 @@ from tilewright.benchmarks.record import environment
 from tilewright.benchmarks.training.replacements import Replacement, replacements
 from tilewright.benchmarks.training.workload import Workload, disagreement
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.parallel import World
-from tilewright.trainer.quantities import gigabytes
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.recipe import Recipe
+from tilewright.trainer.record.quantities import gigabytes
 from tilewright.trainer.step import StepResult
 
 # Order statistics of fewer rounds give no 95% interval of a median.

@@ -12,8 +12,8 @@ import torch
 from tilewright.benchmarks.measure import median_interval
 from tilewright.benchmarks.peaks import Peaks, measured_peaks, name_of
 from tilewright.kernels.opspec import Work
-from tilewright.trainer import environment as machine
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.record import environment as machine
 
 # In the record under the name that a row's `extra_info` uses.
 DEFINITIONS = {

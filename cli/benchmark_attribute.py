@@ -51,8 +51,8 @@ def _run(arguments: argparse.Namespace) -> int:
     load_benchmarks()
     from tilewright.benchmarks.attribution import attribute, check_rounds, record, table
     from tilewright.benchmarks.training.workload import Workload
-    from tilewright.trainer.parallel import world
-    from tilewright.trainer.recipe_file import load_recipe
+    from tilewright.trainer.parallel.sharding import world
+    from tilewright.trainer.recipe.file import load_recipe
     from tilewright.trainer.run_directory import write_atomically
 
     check_rounds(arguments.steps)

@@ -14,7 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import torch
 
-    from tilewright.trainer.environment import Probe
+    from tilewright.trainer.record.environment import Probe
 
 _DESCRIPTION = """\
 Say what this machine has and what would run on it: versions, processors, the implementation that each
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import, which other commands and --help need not wait for.
     import torch
 
-    from tilewright.trainer.environment import environment, probe_apex, probe_flash_attn
+    from tilewright.trainer.record.environment import environment, probe_apex, probe_flash_attn
 
     console = Console(highlight=False)
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -87,7 +87,7 @@ def _show(console: Console, title: str, facts: Mapping[str, str]) -> None:
 
 
 def _machine(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    from tilewright.trainer.quantities import gigabytes
+    from tilewright.trainer.record.quantities import gigabytes
 
     cpu = facts["cpu"]
     allowed = "" if cpu["cores_allowed"] == cpu["cores"] else f", {cpu['cores_allowed']} of them for this process"

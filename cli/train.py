@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tilewright.trainer.loop import train
-    from tilewright.trainer.recipe_file import load_recipe
+    from tilewright.trainer.recipe.file import load_recipe
 
     if {"-h", "--help"} & set(arguments.overrides):
         print(arguments.help_text)
@@ -69,9 +69,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(arguments: argparse.Namespace, given: list[str]) -> int:
-    from tilewright.trainer.dry_run import check_fits, plan, plan_text
     from tilewright.trainer.errors import TrainingError
-    from tilewright.trainer.recipe_file import load_recipe
+    from tilewright.trainer.plan.dry_run import check_fits, plan, plan_text
+    from tilewright.trainer.recipe.file import load_recipe
 
     if len(given) == 1:
         raise TrainingError("--dry-run and --as-if go together, as in --dry-run --as-if 256xH100; give both or neither")

@@ -25,8 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from tilewright.trainer.display import Display
-    from tilewright.trainer.watch import watch
+    from tilewright.trainer.record.display import Display
+    from tilewright.trainer.record.watch import watch
 
     with Display(Console()) as display:
         try:

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from tilewright.corpus import IGNORE, Batch, HeldOutStream
 from tilewright.trainer.data import HELDOUT
-from tilewright.trainer.hang import alive
-from tilewright.trainer.parallel import World
+from tilewright.trainer.health.hang import alive
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.step import MicroBatch
 
 

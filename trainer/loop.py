@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 
 from tilewright.corpus import Batch, MixtureStream, Prefetch, TrainStream
-from tilewright.trainer import checkpoint
-from tilewright.trainer.averaging import AVERAGE, WeightAverage
-from tilewright.trainer.checkpoint_identity import keep_identity, restore_identity
+from tilewright.trainer.checkpoints import checkpoint
+from tilewright.trainer.checkpoints.identity import keep_identity, restore_identity
 from tilewright.trainer.data import (
     CORPUS,
     HELDOUT,
@@ -27,35 +26,36 @@ from tilewright.trainer.data import (
     open_data,
     samples_of,
 )
-from tilewright.trainer.display import Display, NullDisplay
-from tilewright.trainer.early_stopping import no_longer_improves
-from tilewright.trainer.environment import environment
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
-from tilewright.trainer.float8 import check_float8, check_torchao, generation_of
-from tilewright.trainer.hang import alive, hang_watch, not_watched
-from tilewright.trainer.health import HealthCheck
+from tilewright.trainer.health.check import HealthCheck
+from tilewright.trainer.health.early_stopping import no_longer_improves
+from tilewright.trainer.health.hang import alive, hang_watch, not_watched
+from tilewright.trainer.health.interruption import Interruption
+from tilewright.trainer.health.rollback import Rollback, Rollbacks
 from tilewright.trainer.held_memory import held_bytes
-from tilewright.trainer.interruption import Interruption
-from tilewright.trainer.loss_scale import LossScale
-from tilewright.trainer.metrics import METRICS, Metrics, TrainingLine, read_metrics
-from tilewright.trainer.observation import Observation
-from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.optimization.averaging import AVERAGE, WeightAverage
+from tilewright.trainer.optimization.loss_scale import LossScale
+from tilewright.trainer.optimization.optimizer import build_optimizer, set_learning_rate
+from tilewright.trainer.optimization.schedule import learning_rate_factor
+from tilewright.trainer.parallel.float8 import check_float8, check_torchao, generation_of
+from tilewright.trainer.parallel.peers import ended_with_the_others
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
+from tilewright.trainer.parallel.waiting import SlowRanks
 from tilewright.trainer.peak import measured_matmul_peak, peak_memory_bytes
-from tilewright.trainer.peers import ended_with_the_others
-from tilewright.trainer.quantities import gigabytes
 from tilewright.trainer.recipe import Recipe
-from tilewright.trainer.report import write_report
-from tilewright.trainer.rollback import Rollback, Rollbacks
+from tilewright.trainer.record.display import Display, NullDisplay
+from tilewright.trainer.record.environment import environment
+from tilewright.trainer.record.metrics import METRICS, Metrics, TrainingLine, read_metrics
+from tilewright.trainer.record.observation import Observation
+from tilewright.trainer.record.quantities import gigabytes
+from tilewright.trainer.record.report import write_report
+from tilewright.trainer.record.summary import closing_text, finished_facts, write_summary
+from tilewright.trainer.record.tracking import check_installed
 from tilewright.trainer.run_directory import SUMMARY, choose_run_directory, locked, save_recipe, write_atomically
-from tilewright.trainer.schedule import learning_rate_factor
 from tilewright.trainer.stages import SAMPLE, DataPosition, check_batches, length_at, sequences_at, step_text
 from tilewright.trainer.step import MicroBatch, train_step
-from tilewright.trainer.summary import closing_text, finished_facts, write_summary
-from tilewright.trainer.tracking import check_installed
 from tilewright.trainer.trained import check_kernels, check_vocabulary
-from tilewright.trainer.waiting import SlowRanks
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ import torch
 
 from tilewright.kernels.shards import local
 from tilewright.model import Transformer
-from tilewright.trainer import checkpoint
+from tilewright.trainer.checkpoints import checkpoint
 from tilewright.trainer.data import check_same_data, open_data, samples_of
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.float8 import check_float8, generation_of
-from tilewright.trainer.loss_scale import LossScale
-from tilewright.trainer.metrics import METRICS, read_metrics
-from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.optimization.loss_scale import LossScale
+from tilewright.trainer.optimization.optimizer import build_optimizer, set_learning_rate
+from tilewright.trainer.parallel.float8 import check_float8, generation_of
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
 from tilewright.trainer.recipe import Parallel, Recipe
-from tilewright.trainer.recipe_file import recipe_from_run
+from tilewright.trainer.recipe.file import recipe_from_run
+from tilewright.trainer.record.metrics import METRICS, read_metrics
 from tilewright.trainer.run_directory import RECIPE
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 from tilewright.trainer.trained import check_kernels, check_vocabulary

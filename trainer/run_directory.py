@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.recipe import Recipe
-from tilewright.trainer.recipe_file import recipe_from_run, recipe_text
+from tilewright.trainer.recipe.file import recipe_from_run, recipe_text
 
 if TYPE_CHECKING:
-    from tilewright.trainer.storage import Location
+    from tilewright.trainer.checkpoints.storage import Location
 
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"

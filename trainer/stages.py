@@ -17,7 +17,7 @@ from bisect import bisect_right
 
 import torch
 
-from tilewright.trainer.parallel import check_batch
+from tilewright.trainer.parallel.sharding import check_batch
 from tilewright.trainer.recipe import Batch, Data, Recipe
 
 SAMPLE = "data.sample"

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from tilewright.corpus import IGNORE, Batch
 from tilewright.kernels.shards import local
 from tilewright.model import Transformer
-from tilewright.trainer.loss_scale import LossScale
-from tilewright.trainer.parallel import World
-from tilewright.trainer.phases import PhaseClock
+from tilewright.trainer.optimization.loss_scale import LossScale
+from tilewright.trainer.parallel.sharding import World
+from tilewright.trainer.record.phases import PhaseClock
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import torch
 from tilewright.corpus import Corpus
 from tilewright.kernels import choose
 from tilewright.model import Transformer, generate
-from tilewright.trainer.averaging import AVERAGE, averaged_state
-from tilewright.trainer.checkpoint import committed, load, seen_by_the_first, training_state
+from tilewright.trainer.checkpoints.checkpoint import committed, load, seen_by_the_first, training_state
 from tilewright.trainer.data import TrainingData, check_same_data, open_data
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.evaluate import evaluate
-from tilewright.trainer.parallel import world
+from tilewright.trainer.optimization.averaging import AVERAGE, averaged_state
+from tilewright.trainer.parallel.sharding import world
 from tilewright.trainer.recipe import Recipe
-from tilewright.trainer.recipe_file import recipe_from_run
+from tilewright.trainer.recipe.file import recipe_from_run
 from tilewright.trainer.run_directory import RECIPE
 
 

@@ -33,8 +33,8 @@ from tilewright.benchmarks.audit.spilled import with_spills
 from tilewright.cli.clone import command_of
 from tilewright.kernels.opspec import OpSpec, Passes, Work
 from tilewright.kernels.registry import SPECS
-from tilewright.trainer.environment import git_state, package_versions
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.record.environment import git_state, package_versions
 
 Audit = dict[str, Any]
 Finding = dict[str, Any]

@@ -17,8 +17,8 @@ from step_log import StepLog  # type: ignore[import-not-found]
 
 from tilewright.corpus import Batch
 from tilewright.model.config import ModelConfig
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import sharded_model, world
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import sharded_model, world
 from tilewright.trainer.recipe import Batch as BatchSizes
 from tilewright.trainer.recipe import Data, Optimizer, Recipe
 from tilewright.trainer.step import MicroBatch, train_step

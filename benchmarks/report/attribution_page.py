@@ -10,8 +10,8 @@ from tilewright.benchmarks.attribution import Recorded, Row, variant_name
 from tilewright.benchmarks.report.plots import Point, bars_from_one
 from tilewright.benchmarks.report.records import device_of, origin
 from tilewright.benchmarks.report.tables import Cell, amount, ratio_cell, seconds, section, side_by_side, soft, table
-from tilewright.trainer import page
-from tilewright.trainer.plot import Plot
+from tilewright.trainer.record import page
+from tilewright.trainer.record.plot import Plot
 
 _RATIO = "step without the kernel ÷ step with it"
 

@@ -26,9 +26,9 @@ from tilewright.benchmarks.report.tables import (
     table,
     warning,
 )
-from tilewright.trainer import page
-from tilewright.trainer.plot import Plot
-from tilewright.trainer.quantities import percent
+from tilewright.trainer.record import page
+from tilewright.trainer.record.plot import Plot
+from tilewright.trainer.record.quantities import percent
 
 _Row = dict[str, Any]
 _PASSES = ("forward", "backward", "both")

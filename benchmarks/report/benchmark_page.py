@@ -22,9 +22,9 @@ from tilewright.benchmarks.report.tables import (
     table,
     warning,
 )
-from tilewright.trainer import page
-from tilewright.trainer.plot import Plot
-from tilewright.trainer.quantities import percent
+from tilewright.trainer.record import page
+from tilewright.trainer.record.plot import Plot
+from tilewright.trainer.record.quantities import percent
 
 _Cases = Mapping[Case, Mapping[str, Row]]
 _RatioOf = Callable[[Row, Row], Point | None]

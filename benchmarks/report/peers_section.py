@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewright.benchmarks.report.plots import Dots, Point, lines_of_dots
 from tilewright.benchmarks.report.tables import PLACE, Cell, folded, place, section, side_by_side, soft, table
-from tilewright.trainer.plot import Plot
+from tilewright.trainer.record.plot import Plot
 
 _VERDICTS = ("better", "equal", "worse")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from tilewright.trainer.plot import COLORS, INK, SOFT, Plot, svg
+from tilewright.trainer.record.plot import COLORS, INK, SOFT, Plot, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from html import escape
 from typing import Any, NamedTuple
 
 from tilewright.benchmarks.report.plots import Point
-from tilewright.trainer import page
-from tilewright.trainer.plot import Plot
+from tilewright.trainer.record import page
+from tilewright.trainer.record.plot import Plot
 
 
 class Cell(NamedTuple):

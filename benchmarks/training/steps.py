@@ -28,7 +28,7 @@ from tilewright.benchmarks.training.grid import Place, Setting
 from tilewright.benchmarks.training.workload import Workload, disagreement, recomputed
 from tilewright.cli.clone import command_of
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.parallel import World, world
+from tilewright.trainer.parallel.sharding import World, world
 from tilewright.trainer.step import StepResult
 
 WARM_UP = 2

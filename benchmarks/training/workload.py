@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from tilewright.corpus import Batch, TrainStream, open_corpus
 from tilewright.model import Transformer
 from tilewright.model.transformer import Block
-from tilewright.trainer.optimizer import build_optimizer, set_learning_rate
-from tilewright.trainer.parallel import World, check_batch, sharded_model
+from tilewright.trainer.optimization.optimizer import build_optimizer, set_learning_rate
+from tilewright.trainer.parallel.sharding import World, check_batch, sharded_model
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 from tilewright.trainer.trained import check_kernels, check_vocabulary

@@ -18,8 +18,8 @@ from tilewright.cli.main import main
 from tilewright.kernels import use
 from tilewright.model import from_preset, transformer
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.optimizer import set_learning_rate
-from tilewright.trainer.parallel import World, world
+from tilewright.trainer.optimization.optimizer import set_learning_rate
+from tilewright.trainer.parallel.sharding import World, world
 from tilewright.trainer.recipe import Batch, Data, Optimizer, Recipe
 
 CPU = torch.device("cpu")

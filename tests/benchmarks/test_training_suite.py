@@ -17,7 +17,7 @@ from tilewright.benchmarks.training.workload import Workload, recomputed
 from tilewright.model import transformer
 from tilewright.model.transformer import Block
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.parallel import World, world
+from tilewright.trainer.parallel.sharding import World, world
 
 
 @pytest.fixture

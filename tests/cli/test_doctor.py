@@ -10,7 +10,7 @@ import torch
 from tilewright.cli import doctor
 from tilewright.kernels import launch, use
 from tilewright.kernels.registry import SPECS
-from tilewright.trainer.environment import Probe, environment
+from tilewright.trainer.record.environment import Probe, environment
 
 ABSENT = Probe(False, False, "not installed; optional")
 GPU = {"name": "NVIDIA A100", "capability": "8.0", "memory_bytes": 85_000_000_000}
@@ -22,9 +22,9 @@ def machine(monkeypatch):
     facts = environment(torch.device("cpu"))
     facts.update(gpus=[], gpu_driver=None)
     probes = {"apex": ABSENT, "flash_attn": ABSENT}
-    monkeypatch.setattr("tilewright.trainer.environment.environment", lambda device: facts)
-    monkeypatch.setattr("tilewright.trainer.environment.probe_apex", lambda: probes["apex"])
-    monkeypatch.setattr("tilewright.trainer.environment.probe_flash_attn", lambda: probes["flash_attn"])
+    monkeypatch.setattr("tilewright.trainer.record.environment.environment", lambda device: facts)
+    monkeypatch.setattr("tilewright.trainer.record.environment.probe_apex", lambda: probes["apex"])
+    monkeypatch.setattr("tilewright.trainer.record.environment.probe_flash_attn", lambda: probes["flash_attn"])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: argparse.Namespace(free=10**12))

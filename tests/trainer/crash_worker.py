@@ -31,7 +31,12 @@ import torch.distributed.checkpoint.filesystem as dcp_filesystem
 from object_store import ObjectStore  # beside this script
 
 from tilewright.cli.main import main
-from tilewright.trainer import checkpoint_files, checkpoint_writer, loop, metrics, parallel, storage
+from tilewright.trainer import loop
+from tilewright.trainer.checkpoints import files as checkpoint_files
+from tilewright.trainer.checkpoints import storage
+from tilewright.trainer.checkpoints import writer as checkpoint_writer
+from tilewright.trainer.parallel import sharding as parallel
+from tilewright.trainer.record import metrics
 
 # What the others have to notice that one has died. A launcher ends them at once; here they are left to it, but for
 # those that still wait for a dead one to come up, which cannot notice.
@@ -220,7 +225,7 @@ def end(processes: Iterable[int], number: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
-    for module in ("torch.utils.tensorboard.writer", "tilewright.trainer.report"):
+    for module in ("torch.utils.tensorboard.writer", "tilewright.trainer.record.report"):
         importlib.import_module(module)  # here, and not in every life
     for line in sys.stdin:
         print(json.dumps(lead(json.loads(line))), flush=True)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tilewright.model import ModelConfig, Transformer, from_preset
-from tilewright.trainer.averaging import WeightAverage
-from tilewright.trainer.checkpoint import CheckpointWriter, training_state
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.checkpoints.checkpoint import CheckpointWriter, training_state
+from tilewright.trainer.optimization.averaging import WeightAverage
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
 from tilewright.trainer.recipe import Checkpoints, Optimizer, Parallel
 
 STEPS = 3

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tilewright.model import Transformer, from_preset, initialise
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
+from tilewright.trainer.parallel.traffic import Traffic, Volume, step_traffic
 from tilewright.trainer.recipe import ActivationCheckpointing, Optimizer, Parallel
 from tilewright.trainer.step import MicroBatch, place_of, train_step
-from tilewright.trainer.traffic import Traffic, Volume, step_traffic
 
 SEQUENCES, LENGTH = 16, 12
 # Rows that no number of processes divides, so that shards are padded and some are smaller than others.

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.model import Transformer, initialise
 from tilewright.model.config import ModelConfig
-from tilewright.trainer.activations import checkpoint_activations, recomputed_flops_per_token
+from tilewright.trainer.parallel.activations import checkpoint_activations, recomputed_flops_per_token
 from tilewright.trainer.recipe import ActivationCheckpointing
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from tilewright.model import Transformer, from_preset
-from tilewright.trainer.averaging import WeightAverage
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.optimization.averaging import WeightAverage
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
 
 CONFIG = from_preset(
     "llama-10m", vocab_size=30, hidden_size=16, layers=1, heads=2, kv_heads=2, head_dim=8, intermediate_size=24,

@@ -16,15 +16,23 @@ import torch
 import torch.distributed.checkpoint.filesystem as dcp_filesystem
 
 from tilewright.model import Transformer, from_preset
-from tilewright.trainer import checkpoint_reader, checkpoint_writer
-from tilewright.trainer.checkpoint import MARKER, CheckpointWriter, Committed, committed, load, training_state
-from tilewright.trainer.checkpoint_files import Fingerprint
-from tilewright.trainer.checkpoint_reader import find_damage
+from tilewright.trainer.checkpoints import reader as checkpoint_reader
+from tilewright.trainer.checkpoints import writer as checkpoint_writer
+from tilewright.trainer.checkpoints.checkpoint import (
+    MARKER,
+    CheckpointWriter,
+    Committed,
+    committed,
+    load,
+    training_state,
+)
+from tilewright.trainer.checkpoints.files import Fingerprint
+from tilewright.trainer.checkpoints.reader import find_damage
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
 from tilewright.trainer.recipe import Checkpoints, Optimizer
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
 
 CONFIG = from_preset(
     "llama-10m", vocab_size=30, hidden_size=16, layers=1, heads=2, kv_heads=2, head_dim=8, intermediate_size=24,

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from tilewright.trainer.checkpoint import committed
-from tilewright.trainer.checkpoint_files import checkpoint_folder, uncommitted_in
-from tilewright.trainer.checkpoint_reader import find_damage
-from tilewright.trainer.metrics import read_metrics
+from tilewright.trainer.checkpoints.checkpoint import committed
+from tilewright.trainer.checkpoints.files import checkpoint_folder, uncommitted_in
+from tilewright.trainer.checkpoints.reader import find_damage
+from tilewright.trainer.record.metrics import read_metrics
 
 Write = Callable[..., Path]
 Life = Callable[..., list[int]]

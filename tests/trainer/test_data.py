@@ -15,9 +15,9 @@ from tilewright.cli.main import main
 from tilewright.corpus import CorpusError, MixtureStream, Prefetch, ShardWriter, Split, Tokenizer, open_corpus
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.data import open_data, samples_of
-from tilewright.trainer.metrics import read_metrics
 from tilewright.trainer.recipe import Data
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.trained import load_trained
 
 Write = Callable[..., Path]

@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from tilewright.trainer.display import Display, NullDisplay, _sparkline, _Trace
-from tilewright.trainer.quantities import decimal, duration, gigabytes, percent, short
+from tilewright.trainer.record.display import Display, NullDisplay, _sparkline, _Trace
+from tilewright.trainer.record.quantities import decimal, duration, gigabytes, percent, short
 
 RESULT = {"heldout": {"loss": 3.9, "perplexity": 49.402, "bits_per_byte": 1.8734, "tokens": 65536}}
 

@@ -8,8 +8,8 @@ import torch
 
 from tilewright.cli.main import main
 from tilewright.model import from_preset
-from tilewright.trainer.dry_run import check_fits, plan, plan_text
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.plan.dry_run import check_fits, plan, plan_text
 from tilewright.trainer.recipe import ActivationCheckpointing, Batch, Data, Optimizer, Parallel, Recipe
 
 LAYERS, WIDTH, LENGTH = 32, 4096, 8192

@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from tilewright.trainer import TrainingError, loop
-from tilewright.trainer.early_stopping import no_longer_improves
+from tilewright.trainer.health.early_stopping import no_longer_improves
 from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.metrics import read_metrics
 from tilewright.trainer.recipe import Evaluation
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 
 Write = Callable[..., Path]
 

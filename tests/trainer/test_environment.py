@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import torch
 
-from tilewright.trainer import environment as module
-from tilewright.trainer.environment import environment, git_state, probe_apex, probe_flash_attn
+from tilewright.trainer.record import environment as module
+from tilewright.trainer.record.environment import environment, git_state, probe_apex, probe_flash_attn
 
 CPU = torch.device("cpu")
 FUSED_ADAM = "class FusedAdam: pass"

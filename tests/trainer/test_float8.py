@@ -11,14 +11,14 @@ import torch
 
 from tilewright.cli.main import main
 from tilewright.model import from_preset
-from tilewright.trainer.checkpoint import training_state
-from tilewright.trainer.dry_run import plan
+from tilewright.trainer.checkpoints.checkpoint import training_state
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.float8 import check_torchao
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.float8 import check_torchao
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
+from tilewright.trainer.plan.dry_run import plan
 from tilewright.trainer.recipe import ActivationCheckpointing, Optimizer
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 
 Write = Callable[..., Path]

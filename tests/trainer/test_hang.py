@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.trainer import checkpoint_writer, hang
-from tilewright.trainer.checkpoint import CheckpointWriter
-from tilewright.trainer.hang import alive, hang_watch
-from tilewright.trainer.interruption import Interruption
-from tilewright.trainer.parallel import World, world
+from tilewright.trainer.checkpoints import writer as checkpoint_writer
+from tilewright.trainer.checkpoints.checkpoint import CheckpointWriter
+from tilewright.trainer.health import hang
+from tilewright.trainer.health.hang import alive, hang_watch
+from tilewright.trainer.health.interruption import Interruption
+from tilewright.trainer.parallel.sharding import World, world
 from tilewright.trainer.recipe import Checkpoints
 
 
@@ -35,7 +36,7 @@ def test_a_signal_that_comes_before_the_watch_shortens_it_and_no_later_one(
         hurry(seconds)
         heard.set()
 
-    monkeypatch.setattr("tilewright.trainer.interruption.hurry", hearing)
+    monkeypatch.setattr("tilewright.trainer.health.interruption.hurry", hearing)
     monkeypatch.setattr(hang.faulthandler, "dump_traceback_later", lambda seconds, **_: armed.append(seconds))
     with Interruption(120.0) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)

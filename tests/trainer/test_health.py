@@ -16,16 +16,16 @@ from rich.console import Console
 
 from tilewright.cli.main import main
 from tilewright.model import from_preset
-from tilewright.trainer import health
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.hang import hang_watch
-from tilewright.trainer.health import LossWatch
+from tilewright.trainer.health import check as health
+from tilewright.trainer.health.check import LossWatch
+from tilewright.trainer.health.hang import hang_watch
 from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
 from tilewright.trainer.recipe import Health, Optimizer
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.replay import replay
 from tilewright.trainer.run_directory import choose_run_directory, save_recipe
 from tilewright.trainer.step import MicroBatch, train_step
@@ -145,7 +145,7 @@ def test_a_run_that_hangs_writes_where_it_stands_and_ends(tmp_path: Path) -> Non
     script = f"""
 import threading
 from pathlib import Path
-from tilewright.trainer.hang import hang_watch, not_watched
+from tilewright.trainer.health.hang import hang_watch, not_watched
 
 def waiting_for_a_collective_that_never_comes():
     threading.Event().wait()

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 from rich.console import Console
 
-from tilewright.trainer import live_report
-from tilewright.trainer.live_report import LiveReport
 from tilewright.trainer.loop import train
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record import live_report
+from tilewright.trainer.record.live_report import LiveReport
 
 
 class Writing:

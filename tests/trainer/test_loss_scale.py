@@ -10,12 +10,12 @@ from rich.console import Console
 
 from tilewright.model import from_preset
 from tilewright.trainer.loop import train
-from tilewright.trainer.loss_scale import LossScale
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import sharded_model, world
+from tilewright.trainer.optimization.loss_scale import LossScale
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import sharded_model, world
 from tilewright.trainer.recipe import Optimizer
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 
 Write = Callable[..., Path]

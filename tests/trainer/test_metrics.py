@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tilewright.trainer import TrainingError
-from tilewright.trainer.metrics import Metrics, read_metrics
+from tilewright.trainer.record.metrics import Metrics, read_metrics
 
 
 def line(step, **changes):

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tilewright.trainer.averaging import WeightAverage
-from tilewright.trainer.checkpoint import committed, load, training_state
-from tilewright.trainer.muon import Muon, orthogonalised
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.checkpoints.checkpoint import committed, load, training_state
+from tilewright.trainer.optimization.averaging import WeightAverage
+from tilewright.trainer.optimization.muon import Muon, orthogonalised
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
 
 WORKER = Path(__file__).with_name("muon_worker.py")
 program = SimpleNamespace(**runpy.run_path(str(WORKER)))

@@ -11,11 +11,11 @@ import torch
 
 from tilewright.model import Transformer, from_preset
 from tilewright.trainer import TrainingError
-from tilewright.trainer.checkpoint import training_state
-from tilewright.trainer.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from tilewright.trainer.parallel import World, sharded_model, world
+from tilewright.trainer.checkpoints.checkpoint import training_state
+from tilewright.trainer.optimization.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from tilewright.trainer.parallel.sharding import World, sharded_model, world
 from tilewright.trainer.recipe import Optimizer, ParameterGroup
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
 from tilewright.trainer.step import MicroBatch, train_step
 
 CONFIG = from_preset(

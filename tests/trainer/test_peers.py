@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from tilewright.trainer import peers
-from tilewright.trainer.parallel import World
+from tilewright.trainer.parallel import peers
+from tilewright.trainer.parallel.sharding import World
 
 rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
 store.set(f"there {rank}", "")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tilewright.trainer.metrics import read_metrics
+from tilewright.trainer.record.metrics import read_metrics
 
 Write = Callable[..., Path]
 

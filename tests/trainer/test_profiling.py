@@ -9,8 +9,8 @@ from rich.console import Console
 
 from tilewright.cli.main import main
 from tilewright.trainer.loop import train
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 
 
 def trained(recipe):

@@ -7,7 +7,7 @@ import pytest
 
 from tilewright.model import PRESETS
 from tilewright.trainer import TrainingError
-from tilewright.trainer.recipe_file import load_recipe, recipe_text, shipped_recipes
+from tilewright.trainer.recipe.file import load_recipe, recipe_text, shipped_recipes
 
 Write = Callable[..., Path]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tilewright.trainer import TrainingError
-from tilewright.trainer.report import write_report
-from tilewright.trainer.report_plots import _thin, plots, smoothed, tokens_at
+from tilewright.trainer.record.report import write_report
+from tilewright.trainer.record.report_plots import _thin, plots, smoothed, tokens_at
 
 STEPS = 60
 NASTY = """<script>alert("1")</script> & 'x' $\\nope$"""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tilewright.cli.main import main
-from tilewright.trainer.metrics import read_metrics
+from tilewright.trainer.record.metrics import read_metrics
 
 Write = Callable[..., Path]
 STEPS, FATAL = 8, 5
@@ -21,7 +21,8 @@ STEPS, FATAL = 8, 5
 PROGRAM = f"""
 import os, signal, sys, threading
 from tilewright.cli.main import main
-from tilewright.trainer import loop, peers
+from tilewright.trainer import loop
+from tilewright.trainer.parallel import peers
 
 what = os.environ.get("TEST_FATE", "")
 one_step = loop._Training._one_step
@@ -136,8 +137,8 @@ def test_a_stuck_process_that_is_asked_to_stop_writes_where_it_stands_and_ends(t
 import torch.distributed as dist
 from datetime import timedelta
 from pathlib import Path
-from tilewright.trainer.hang import hang_watch
-from tilewright.trainer.interruption import Interruption
+from tilewright.trainer.health.hang import hang_watch
+from tilewright.trainer.health.interruption import Interruption
 
 def in_a_collective_for_ever():
     store = dist.TCPStore("127.0.0.1", 0, 1, True, timeout=timedelta(hours=1))

@@ -15,15 +15,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from tilewright.trainer import TrainingError, checkpoint_writer, loop
-from tilewright.trainer.checkpoint import CheckpointWriter
+from tilewright.trainer import TrainingError, loop
+from tilewright.trainer.checkpoints import writer as checkpoint_writer
+from tilewright.trainer.checkpoints.checkpoint import CheckpointWriter
 from tilewright.trainer.data import open_data
+from tilewright.trainer.health.rollback import Rollback, Rollbacks, recorded_rollbacks
 from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.parallel import World, world
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.parallel.sharding import World, world
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.replay import replay
-from tilewright.trainer.rollback import Rollback, Rollbacks, recorded_rollbacks
 
 Write = Callable[..., Path]
 WATCHED = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tilewright.trainer import TrainingError
+from tilewright.trainer.optimization.schedule import learning_rate_factor
 from tilewright.trainer.recipe import Schedule
-from tilewright.trainer.recipe_file import load_recipe
-from tilewright.trainer.schedule import learning_rate_factor
+from tilewright.trainer.recipe.file import load_recipe
 
 
 def factors(schedule: Schedule, steps: int) -> list[float]:

@@ -15,13 +15,13 @@ from rich.console import Console
 from tilewright.corpus import Batch as Rows
 from tilewright.model import Transformer, from_preset, initialise
 from tilewright.trainer import TrainingError, loop
-from tilewright.trainer.checkpoint import committed
+from tilewright.trainer.checkpoints.checkpoint import committed
 from tilewright.trainer.data import open_data, samples_of
-from tilewright.trainer.dry_run import plan
 from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.metrics import read_metrics
+from tilewright.trainer.plan.dry_run import plan
 from tilewright.trainer.recipe import Batch, BatchStage, Data, LengthStage
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.replay import replay
 from tilewright.trainer.stages import DataPosition, check_batches, length_at, samples_before, sequences_at
 from tilewright.trainer.step import MicroBatch

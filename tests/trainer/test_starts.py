@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tilewright.trainer.starts import STARTS, WallClock, read_starts
+from tilewright.trainer.record.starts import STARTS, WallClock, read_starts
 
 
 def test_the_time_between_a_stop_and_the_next_start_counts(tmp_path: Path) -> None:

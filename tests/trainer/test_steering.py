@@ -13,8 +13,8 @@ from rich.console import Console
 
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.trained import evaluate_run, load_trained
 
 Write = Callable[..., Path]

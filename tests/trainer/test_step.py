@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from tilewright.model import ModelConfig, Transformer, from_preset, initialise
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, check_batch, sharded_model, world
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.sharding import World, check_batch, sharded_model, world
 from tilewright.trainer.recipe import Optimizer
 from tilewright.trainer.step import MicroBatch, train_step
 

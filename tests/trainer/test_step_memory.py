@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.trainer.parallel import world
-from tilewright.trainer.step_memory import StepMemory
+from tilewright.trainer.parallel.sharding import world
+from tilewright.trainer.record.step_memory import StepMemory
 
 MB = 1_000_000
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tilewright.cli.main import main
-from tilewright.trainer.checkpoint import MARKER, CheckpointWriter, Committed, committed, load
+from tilewright.trainer.checkpoints.checkpoint import MARKER, CheckpointWriter, Committed, committed, load
+from tilewright.trainer.checkpoints.storage import RemotePath, location
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.parallel import World, world
+from tilewright.trainer.parallel.sharding import World, world
 from tilewright.trainer.recipe import Checkpoints
-from tilewright.trainer.recipe_file import load_recipe
-from tilewright.trainer.storage import RemotePath, location
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.metrics import read_metrics
 
 Write = Callable[..., Path]
 

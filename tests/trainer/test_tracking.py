@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from tilewright.cli.main import main
-from tilewright.trainer import TrainingError, tracking
+from tilewright.trainer import TrainingError
 from tilewright.trainer.loop import train
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.recipe_file import load_recipe
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record import tracking
+from tilewright.trainer.record.metrics import read_metrics
 
 
 class StandInForWandb(types.ModuleType):

@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 
 from tilewright.corpus import build_corpus
-from tilewright.trainer import TrainingError, checkpoint_writer, loop
-from tilewright.trainer.checkpoint import CheckpointWriter, committed
-from tilewright.trainer.interruption import Interruption
+from tilewright.trainer import TrainingError, loop
+from tilewright.trainer.checkpoints import writer as checkpoint_writer
+from tilewright.trainer.checkpoints.checkpoint import CheckpointWriter, committed
+from tilewright.trainer.health.interruption import Interruption
 from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.metrics import TrainingLine, read_metrics
-from tilewright.trainer.recipe_file import load_recipe, recipe_from_run
+from tilewright.trainer.recipe.file import load_recipe, recipe_from_run
+from tilewright.trainer.record.metrics import TrainingLine, read_metrics
 from tilewright.trainer.trained import load_trained
 
 Write = Callable[..., Path]

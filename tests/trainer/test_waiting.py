@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.trainer import waiting
-from tilewright.trainer.metrics import read_metrics
-from tilewright.trainer.waiting import SlowRanks, shares_behind
+from tilewright.trainer.parallel import waiting
+from tilewright.trainer.parallel.waiting import SlowRanks, shares_behind
+from tilewright.trainer.record.metrics import read_metrics
 
 Write = Callable[..., Path]
 
@@ -22,7 +22,8 @@ import os, sys
 import torch
 from tilewright.cli.main import main
 from tilewright.model.transformer import Block
-from tilewright.trainer import loop, waiting
+from tilewright.trainer import loop
+from tilewright.trainer.parallel import waiting
 
 if os.environ.get("TEST_SLOW") == os.environ["RANK"]:
     forward, x = Block.forward, torch.rand(512, 512)

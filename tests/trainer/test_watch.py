@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from tilewright.cli.main import main
-from tilewright.trainer.display import Display
 from tilewright.trainer.loop import train
-from tilewright.trainer.recipe_file import load_recipe
-from tilewright.trainer.watch import watch
+from tilewright.trainer.recipe.file import load_recipe
+from tilewright.trainer.record.display import Display
+from tilewright.trainer.record.watch import watch
 
 Write = Callable[..., Path]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tilewright.benchmarks.kernels.providers.missing import NotServed, on_cuda, without
-from tilewright.trainer.environment import probe_apex
+from tilewright.trainer.record.environment import probe_apex
 
 Tensor = torch.Tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tilewright.benchmarks.kernels.providers.missing import NotServed, on_cuda
-from tilewright.trainer.environment import probe_flash_attn
+from tilewright.trainer.record.environment import probe_flash_attn
 
 _MODULES = ("flash_attn_interface", "flash_attn")  # 3 before 2
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.trainer.plot import COLORS, INK, Plot, svg
+from tilewright.trainer.record.plot import COLORS, INK, Plot, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,10 +15,10 @@ import torch
 
 from tilewright.corpus import CorpusError
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.loss_scale import LossScale
-from tilewright.trainer.metrics import METRICS, read_metrics
-from tilewright.trainer.parallel import World
+from tilewright.trainer.optimization.loss_scale import LossScale
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.recipe import Health
+from tilewright.trainer.record.metrics import METRICS, read_metrics
 from tilewright.trainer.run_directory import write_atomically
 from tilewright.trainer.step import MicroBatch, StepResult
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.parallel import World
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.run_directory import write_atomically
 
 ROLLBACKS = "rollbacks.jsonl"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tilewright.trainer.parallel import World
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.recipe import Profile
 
 PROFILES = "profile"

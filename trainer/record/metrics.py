@@ -56,8 +56,8 @@ class TrainingLine(TypedDict):
             between this step and the one before.
         skipped: whether the weights stayed as they were: the gradient was not finite, or the loss a spike.
         profiled: whether the step was slowed down by the profiler; it says nothing of the speed of the others.
-        slowest_rank: every 32nd step, the process that the others waited for most, see `tilewright.trainer.waiting`;
-            else None.
+        slowest_rank: every 32nd step, the process that the others waited for most, see
+            `tilewright.trainer.parallel.waiting`; else None.
         slowest_behind: for how much of a step they did, as a fraction of 1.
     """
 

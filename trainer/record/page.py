@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.plot import Plot
-from tilewright.trainer.quantities import gigabytes
+from tilewright.trainer.record.plot import Plot
+from tilewright.trainer.record.quantities import gigabytes
 from tilewright.trainer.run_directory import write_atomically
 
 

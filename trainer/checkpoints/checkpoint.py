@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tilewright.trainer.checkpoint_files import MARKER, Committed, checkpoint_folder, checkpoint_of, committed
-from tilewright.trainer.checkpoint_reader import load, seen_by_the_first
-from tilewright.trainer.checkpoint_writer import CheckpointWriter
+from tilewright.trainer.checkpoints.files import MARKER, Committed, checkpoint_folder, checkpoint_of, committed
+from tilewright.trainer.checkpoints.reader import load, seen_by_the_first
+from tilewright.trainer.checkpoints.writer import CheckpointWriter
 
 __all__ = [
     "MARKER",

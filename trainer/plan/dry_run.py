@@ -24,16 +24,16 @@ from tilewright.kernels import use
 from tilewright.kernels.launch import as_if_on
 from tilewright.kernels.linear_chunks import chunk_rows
 from tilewright.model import Transformer
-from tilewright.trainer.activations import checkpoint_activations
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.float8 import check_float8
 from tilewright.trainer.held_memory import held_bytes
-from tilewright.trainer.live_memory import LiveBytes
-from tilewright.trainer.optimizer import build_optimizer
-from tilewright.trainer.parallel import World, sharded_model
+from tilewright.trainer.optimization.optimizer import build_optimizer
+from tilewright.trainer.parallel.activations import checkpoint_activations
+from tilewright.trainer.parallel.float8 import check_float8
+from tilewright.trainer.parallel.sharding import World, sharded_model
+from tilewright.trainer.parallel.traffic import Traffic, Volume, step_traffic
+from tilewright.trainer.plan.live_memory import LiveBytes
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.stages import check_batches, largest_batch
-from tilewright.trainer.traffic import Traffic, Volume, step_traffic
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,11 @@ def plan(recipe: Recipe, as_if: str) -> Plan:
     )
     asking = Volume(traffic.all_reduce.count + 1, traffic.all_reduce.bytes + 2 * torch.float64.itemsize)
     traffic = replace(traffic, all_reduce=asking)
-    notes = ("Muon's all-to-alls come on top: see tilewright.trainer.muon",) if recipe.optimizer.kind == "muon" else ()
+    notes = (
+        ("Muon's all-to-alls come on top: see tilewright.trainer.optimization.muon",)
+        if recipe.optimizer.kind == "muon"
+        else ()
+    )
     return Plan(world_size, name, micro_batches, memory, GPUS[name].memory, traffic, notes)
 
 

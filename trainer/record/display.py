@@ -22,8 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tilewright.trainer.metrics import TrainingLine
-from tilewright.trainer.quantities import decimal, duration, gigabytes, percent, short
+from tilewright.trainer.record.metrics import TrainingLine
+from tilewright.trainer.record.quantities import decimal, duration, gigabytes, percent, short
 
 _PLAIN_SECONDS = 5.0
 _RECENT_STEPS = 50

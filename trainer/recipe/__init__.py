@@ -1,6 +1,6 @@
 """The recipe: everything that defines a run, as typed dataclasses.
 
-`tilewright.trainer.recipe_file` reads one from YAML, `tilewright.trainer.recipe_checks` refuses what does not fit.
+`tilewright.trainer.recipe.file` reads one from YAML, `tilewright.trainer.recipe.checks` refuses what does not fit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from tilewright.model import ModelConfig
-from tilewright.trainer.recipe_checks import check_recipe
+from tilewright.trainer.recipe.checks import check_recipe
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How gradients become steps; see `tilewright.trainer.optimizer`.
+    """How gradients become steps; see `tilewright.trainer.optimization.optimizer`.
 
     Attributes:
         learning_rate: at the schedule's peak.
@@ -146,7 +146,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Shape of the learning rate over the run; see `tilewright.trainer.schedule`.
+    """Shape of the learning rate over the run; see `tilewright.trainer.optimization.schedule`.
 
     Attributes:
         kind: the curve after the warm-up.
@@ -277,7 +277,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where the figures of `metrics.jsonl` are sent to as well; see `tilewright.trainer.tracking`.
+    """Where the figures of `metrics.jsonl` are sent to as well; see `tilewright.trainer.record.tracking`.
 
     Attributes:
         wandb: to Weights & Biases, which is told by its own variables, such as ``WANDB_MODE`` and ``WANDB_ENTITY``.
@@ -292,7 +292,7 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Profile:
-    """Steps to look into with PyTorch's profiler; see `tilewright.trainer.profiling`.
+    """Steps to look into with PyTorch's profiler; see `tilewright.trainer.record.profiling`.
 
     Attributes:
         steps: counted from 1.
@@ -325,7 +325,7 @@ class Recipe:
         compute_dtype: of parameters and activations in the matrix products; masters and reductions are float32.
             float16 is for GPUs without bfloat16; its loss is scaled dynamically.
         float8: in which the blocks' matrices multiply, with one scale a tensor (``tensorwise``) or a row (``rowwise``);
-            see `tilewright.trainer.float8`. It needs compute_dtype bfloat16, and is worth it compiled alone.
+            see `tilewright.trainer.parallel.float8`. It needs compute_dtype bfloat16, and is worth it compiled alone.
         compile: whether the blocks and the loss go through ``torch.compile``.
         seed: of the initial values and of the order of the samples.
         runs: folder of the run directories.

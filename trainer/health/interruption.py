@@ -17,7 +17,7 @@ import threading
 import time
 from types import FrameType
 
-from tilewright.trainer.hang import hurry, no_hurry
+from tilewright.trainer.health.hang import hurry, no_hurry
 
 
 class Interruption:

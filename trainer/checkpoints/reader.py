@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from tilewright.trainer.checkpoint_files import METADATA, Committed, Fingerprint, committed_in, marked_files
+from tilewright.trainer.checkpoints.files import METADATA, Committed, Fingerprint, committed_in, marked_files
+from tilewright.trainer.checkpoints.storage import Files, size_of
 from tilewright.trainer.errors import TrainingError, disk_error_text
-from tilewright.trainer.hang import alive
-from tilewright.trainer.parallel import World
-from tilewright.trainer.storage import Files, size_of
+from tilewright.trainer.health.hang import alive
+from tilewright.trainer.parallel.sharding import World
 
 _T = TypeVar("_T")
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tilewright.trainer.display import Display
-from tilewright.trainer.metrics import METRICS
-from tilewright.trainer.recipe_file import recipe_from_run
+from tilewright.trainer.recipe.file import recipe_from_run
+from tilewright.trainer.record.display import Display
+from tilewright.trainer.record.metrics import METRICS
 from tilewright.trainer.run_directory import RECIPE, SUMMARY
 
 _POLL_SECONDS = 1.0

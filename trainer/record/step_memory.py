@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tilewright.kernels.shards import local
-from tilewright.trainer.averaging import WeightAverage
 from tilewright.trainer.held_memory import held_bytes, local_bytes
 from tilewright.trainer.host_memory import allocated_bytes
+from tilewright.trainer.optimization.averaging import WeightAverage
 
 
 class StepMemory:

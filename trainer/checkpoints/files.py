@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tilewright.trainer.storage import Location, location, remove_folder, size_of, write_whole
+from tilewright.trainer.checkpoints.storage import Location, location, remove_folder, size_of, write_whole
 
 MARKER = "COMMITTED.json"
 METADATA = ".metadata"

@@ -23,7 +23,7 @@ from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.recipe import Recipe
 
 if TYPE_CHECKING:
-    from tilewright.trainer.storage import Location
+    from tilewright.trainer.checkpoints.storage import Location
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:

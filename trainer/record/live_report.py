@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.report import write_report
+from tilewright.trainer.record.report import write_report
 
 _SECONDS_BETWEEN = 120.0
 
@@ -44,7 +44,7 @@ class LiveReport:
             return
         self._written = self._clock()
         try:
-            self._process = self._start([sys.executable, "-m", "tilewright.trainer.live_report", str(self._run)])
+            self._process = self._start([sys.executable, "-m", "tilewright.trainer.record.live_report", str(self._run)])
         except OSError:
             self._process = None
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from tilewright.trainer.errors import AnotherProcessEnded, tell_launcher
-from tilewright.trainer.parallel import World
+from tilewright.trainer.parallel.sharding import World
 
 # What a process has that can notice by itself, being in a collective of gloo, to begin to leave as from any error.
 LEAVE_SECONDS = 5.0

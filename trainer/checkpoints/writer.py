@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
 
-from tilewright.trainer.checkpoint_files import (
+from tilewright.trainer.checkpoints.files import (
     MARKER,
     Committed,
     Fingerprint,
@@ -43,11 +43,11 @@ from tilewright.trainer.checkpoint_files import (
     recorded_loss,
     uncommitted_in,
 )
+from tilewright.trainer.checkpoints.storage import Files, Location, remove_folder, size_of
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.hang import alive
-from tilewright.trainer.parallel import World
+from tilewright.trainer.health.hang import alive
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.recipe import Checkpoints
-from tilewright.trainer.storage import Files, Location, remove_folder, size_of
 
 _T = TypeVar("_T")
 # How often a process that waits for the others' parts of a checkpoint says that it is alive.

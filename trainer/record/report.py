@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from tilewright.trainer import page
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.metrics import METRICS, read_metrics
-from tilewright.trainer.quantities import duration, gigabytes, percent, short
-from tilewright.trainer.report_plots import plots
+from tilewright.trainer.record import page
+from tilewright.trainer.record.metrics import METRICS, read_metrics
+from tilewright.trainer.record.quantities import duration, gigabytes, percent, short
+from tilewright.trainer.record.report_plots import plots
 from tilewright.trainer.run_directory import RECIPE, SUMMARY
 
 REPORT = "report.html"

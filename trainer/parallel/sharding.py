@@ -17,13 +17,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from tilewright.corpus import CorpusError
 from tilewright.model import Transformer, initialise
 from tilewright.model.config import ModelConfig
-from tilewright.trainer.activations import checkpoint_activations
 from tilewright.trainer.errors import AnotherProcessEnded, TrainingError, disk_error_text
-from tilewright.trainer.float8 import use_float8
 from tilewright.trainer.host_memory import keep_freed_memory
-from tilewright.trainer.meeting import meet
+from tilewright.trainer.parallel.activations import checkpoint_activations
+from tilewright.trainer.parallel.float8 import use_float8
+from tilewright.trainer.parallel.meeting import meet
+from tilewright.trainer.parallel.waiting import waiting
 from tilewright.trainer.recipe import ActivationCheckpointing, Parallel
-from tilewright.trainer.waiting import waiting
 
 _T = typing.TypeVar("_T")
 

@@ -21,7 +21,7 @@ from torch import nn
 from tilewright.kernels.optim import AdamW
 from tilewright.model.transformer import MLP, Attention
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.muon import Muon
+from tilewright.trainer.optimization.muon import Muon
 from tilewright.trainer.recipe import Optimizer, ParameterGroup
 
 _Group = dict[str, Any]

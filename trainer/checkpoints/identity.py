@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tilewright.trainer.checkpoint_files import checkpoint_folder, committed_in
+from tilewright.trainer.checkpoints.files import checkpoint_folder, committed_in
+from tilewright.trainer.checkpoints.storage import write_whole
 from tilewright.trainer.data import CORPUS
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.run_directory import RECIPE, refuse_another_recipe, write_atomically
-from tilewright.trainer.storage import write_whole
 
 
 def restore_identity(run: Path, recipe: Recipe) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from tilewright.trainer.data import HELDOUT, HELDOUT_AVERAGED, TrainingData
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.metrics import METRICS, read_metrics
-from tilewright.trainer.quantities import duration, short
+from tilewright.trainer.health.rollback import recorded_rollbacks
 from tilewright.trainer.recipe import Recipe
-from tilewright.trainer.rollback import recorded_rollbacks
+from tilewright.trainer.record.metrics import METRICS, read_metrics
+from tilewright.trainer.record.quantities import duration, short
 from tilewright.trainer.run_directory import SUMMARY, write_atomically
 from tilewright.trainer.trained import continue_prompt
 

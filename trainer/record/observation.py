@@ -10,15 +10,15 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from tilewright.trainer.activations import recomputed_flops_per_token
-from tilewright.trainer.averaging import WeightAverage
-from tilewright.trainer.live_report import LiveReport
-from tilewright.trainer.parallel import World
-from tilewright.trainer.profiling import StepProfiler
+from tilewright.trainer.optimization.averaging import WeightAverage
+from tilewright.trainer.parallel.activations import recomputed_flops_per_token
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.recipe import Recipe
-from tilewright.trainer.starts import WallClock
-from tilewright.trainer.step_memory import StepMemory
-from tilewright.trainer.tracking import Trackers
+from tilewright.trainer.record.live_report import LiveReport
+from tilewright.trainer.record.profiling import StepProfiler
+from tilewright.trainer.record.starts import WallClock
+from tilewright.trainer.record.step_memory import StepMemory
+from tilewright.trainer.record.tracking import Trackers
 
 
 class Observed(TypedDict):

@@ -1,0 +1,1 @@
+"""From gradients to weights: optimizers, the learning rate, the loss scale, averaged weights."""

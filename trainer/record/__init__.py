@@ -1,0 +1,1 @@
+"""What a run leaves to be seen: metrics, console, report page, trackers, profiles."""
