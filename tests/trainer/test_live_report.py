@@ -65,13 +65,17 @@ def test_the_page_is_written_no_more_than_every_two_minutes_and_by_one_process_a
 
 
 def test_a_process_that_cannot_be_started_is_nothing_to_a_run(tmp_path):
+    asked = []
+
     def start(command):
+        asked.append(command)
         raise OSError("no more processes")
 
     now = iter([0.0, 200.0, 200.0, 400.0, 400.0])
     with LiveReport(tmp_path, clock=lambda: next(now), start=start) as live:
         live.update()
         live.update()
+    assert len(asked) == 2, "it is asked for again the next time"
 
 
 def test_the_page_is_written_while_a_run_trains_and_says_at_its_end_that_it_has_ended(
