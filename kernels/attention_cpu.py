@@ -36,13 +36,19 @@ class _Documents(NamedTuple):
     spans: list[slice]
     length: int
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(tokens, heads, head_dim) as (documents · heads, length, head_dim), and (heads, tokens) as
-        (documents · heads, length)."""
+    def gather(self, x: torch.Tensor, *further: float, scale: float = 1.0) -> torch.Tensor:
+        """scale · x (tokens, heads, head_dim) as (documents · heads, length, head_dim), with one more dimension for
+        each number of `further`, which it holds; and (heads, tokens) as (documents · heads, length). Padding is 0."""
         parts = [x[span].transpose(0, 1) if x.ndim == 3 else x[:, span] for span in self.spans]
-        gathered = parts[0].new_zeros(len(parts), parts[0].shape[0], self.length, *parts[0].shape[2:])
-        for place, part in zip(gathered, parts, strict=True):
-            place[:, : part.shape[1]] = part
+        heads, _, *dims = parts[0].shape
+        gathered = x.new_empty(len(parts), heads, self.length, *(dim + len(further) for dim in dims))
+        for place, number in enumerate(further, -len(further)):
+            gathered[..., place] = number
+        for document, part in zip(gathered, parts, strict=True):
+            room = document[..., : dims[0]] if dims else document
+            length = part.shape[1]
+            room[:, length:] = 0.0
+            torch.mul(part, scale, out=room[:, :length])
         return gathered.flatten(0, 1)
 
     def scatter(self, gathered: torch.Tensor, x: torch.Tensor) -> None:
@@ -78,9 +84,9 @@ _BLOCK_QUERIES = 128
 _SCORES = 1 << 21
 
 
-def _is_long(q: torch.Tensor) -> bool:
-    """Whether a document (heads, length, head_dim) goes through products in bfloat16."""
-    if q.shape[1] not in _LONG or q.dtype != torch.bfloat16:
+def _is_long(documents: _Documents, q: torch.Tensor) -> bool:
+    """Whether documents of q's dtype go through products in bfloat16."""
+    if documents.length not in _LONG or q.dtype != torch.bfloat16:
         return False
     native: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return native
@@ -126,110 +132,103 @@ class _Blocks:
         return torch.softmax(scores, -1, out=self.room[1, : scores.numel()].view(scores.shape))
 
 
-def _widened(x: torch.Tensor, *summands: torch.Tensor | float) -> torch.Tensor:
-    """x (heads, length, head_dim) with a further dimension for each summand."""
-    out = x.new_empty(*x.shape[:-1], x.shape[-1] + len(summands))
-    out[..., : x.shape[-1]] = x
-    for place, summand in enumerate(summands, x.shape[-1]):
-        out[..., place] = summand
-    return out
-
-
 def _long_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
+    documents: _Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (heads, length, head_dim) and each query's largest score (heads, length)."""
-    out = torch.empty_like(q)
-    largest = q.new_empty(q.shape[:2])
+    """out, gathered, and each query's largest score (documents · heads, length)."""
     # Two dimensions more, one of them for nothing: products take them in pairs.
-    q, k, v = _widened(q * scale, 0.0, 0.0), _widened(k, 1.0, 1.0), v.contiguous()
-    blocks = _Blocks(q, causal)
-    for queries, keys in blocks:
-        # Contiguous, or each product would make a copy of its own.
-        q_block, k_block = q[:, queries].contiguous(), k[:, keys].contiguous()
-        largest[:, queries] = blocks.scores(q_block, k_block).amax(-1)
-        q_block[..., -2] = -largest[:, queries]
-        out[:, queries] = blocks.softmax(blocks.scores(q_block, k_block)) @ v[:, keys]
+    q, k = documents.gather(q, 0.0, 0.0, scale=scale), documents.gather(k, 1.0, 1.0)
+    v = documents.gather(v)
+    out, largest = torch.empty_like(v), q.new_empty(q.shape[:2])
+    for heads in _head_spans(q):
+        blocks = _Blocks(q[heads], causal)
+        for queries, keys in blocks:
+            # Contiguous, or each product would make a copy of its own.
+            q_block, k_block = q[heads, queries].contiguous(), k[heads, keys].contiguous()
+            torch.amax(blocks.scores(q_block, k_block), -1, out=largest[heads, queries])
+            torch.neg(largest[heads, queries], out=q_block[..., -2])
+            out[heads, queries] = blocks.softmax(blocks.scores(q_block, k_block)) @ v[heads, keys]
     return out, largest
 
 
 def _long_backward(
+    documents: _Documents,
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     largest: torch.Tensor,
-    *,
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq = torch.empty_like(q)
-    q = q * scale
-    dk, dv = (torch.zeros(k.shape, dtype=torch.float32) for _ in range(2))
-    delta = -(dout.float() * out).sum(-1)
+    """The gradients of q, k and v, gathered; those of k and v in float32."""
+    delta = documents.gather((dout.float() * out).sum(-1).t(), scale=-1.0)
     coarse = delta.to(dout.dtype)
-    q_shifted, dout_shifted = _widened(q, -largest, 0.0), _widened(dout, coarse, delta - coarse)
-    k_ones, v_ones = _widened(k, 1.0, 1.0), _widened(v, 1.0, 1.0)
-    blocks = _Blocks(q, causal)
-    for queries, keys in blocks:
-        p = blocks.softmax(blocks.scores(q_shifted[:, queries], k_ones[:, keys]))
-        # Not `+=`, which would copy the sums onto themselves.
-        dv[:, keys].add_(p.mT @ dout[:, queries])
-        dscores = blocks.product(dout_shifted[:, queries], v_ones[:, keys], 0).mul_(p)
-        dq[:, queries] = dscores @ k[:, keys]
-        dk[:, keys].add_(dscores.mT @ q[:, queries])
-    return dq.mul_(scale), dk.to(k.dtype), dv.to(v.dtype)
+    dout, q, k, v = (
+        documents.gather(dout, 0.0, 0.0), documents.gather(q, 0.0, 0.0, scale=scale),
+        documents.gather(k, 1.0, 1.0), documents.gather(v, 1.0, 1.0),
+    )  # fmt: skip
+    dout[..., -2], dout[..., -1] = coarse, delta - coarse
+    q[..., -2] = documents.gather(largest, scale=-1.0)
+    width = q.shape[-1] - 2
+    dq = q.new_empty(*q.shape[:2], width)
+    dk, dv = (torch.empty(dq.shape, dtype=torch.float32) for _ in range(2))
+    for heads in _head_spans(q):
+        blocks = _Blocks(q[heads], causal)
+        # From the last, whose queries see all keys, and so begin the sums.
+        for number, (queries, keys) in enumerate(reversed(list(blocks))):
+            q_block, dout_block = q[heads, queries].contiguous(), dout[heads, queries].contiguous()
+            k_block, v_block = k[heads, keys].contiguous(), v[heads, keys].contiguous()
+            p = blocks.softmax(blocks.scores(q_block, k_block))
+            dv_block = p.mT @ dout_block[..., :width]
+            dscores = blocks.product(dout_block, v_block, 0).mul_(p)
+            dk_block = dscores.mT @ q_block[..., :width]
+            torch.mul(dscores @ k_block[..., :width], scale, out=dq[heads, queries])
+            # Not `+=`, which would copy the sums onto themselves.
+            for whole, block in ((dk, dk_block), (dv, dv_block)):
+                whole[heads, keys].add_(block) if number else whole[heads].copy_(block)
+    return dq, dk, dv
 
 
-def _heads_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
+def _short_forward(
+    documents: _Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (heads, length, head_dim) and, for the backward pass, lse (heads, length); of long documents their largest
-    scores."""
-    if _is_long(q):
-        parts = [_long_forward(q[heads], k[heads], v[heads], causal=causal, scale=scale) for heads in _head_spans(q)]
-        outs, largest = zip(*parts, strict=True)
-        return torch.cat(outs), torch.cat(largest)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[None], k[None], v[None], 0.0, causal, scale=scale
-    )
+    """out and lse, gathered."""
+    q, k, v = (documents.gather(x)[None] for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out[0], lse[0]
 
 
-def _heads_backward(
+def _short_backward(
+    documents: _Documents,
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *,
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of q, k and v (heads, length, head_dim)."""
-    saved = (dout, q, k, v, out, lse)
-    if _is_long(q):
-        parts = [_long_backward(*[x[heads] for x in saved], causal=causal, scale=scale) for heads in _head_spans(q)]
-        return tuple(torch.cat(gradients) for gradients in zip(*parts, strict=True))
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x[None] for x in saved), 0.0, causal, scale=scale
-    )
+    """The gradients of q, k and v, gathered."""
+    gathered = (documents.gather(x)[None] for x in (dout, q, k, v, out, lse))
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*gathered, 0.0, causal, scale=scale)
     return tuple(gradient[0] for gradient in gradients)
 
 
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and what the backward pass needs, of each document, with key heads repeated for their groups."""
+    """out and, for the backward pass, lse (heads, tokens); of long documents their largest scores. Key heads are
+    repeated for their groups."""
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype), device=q.device)
     for documents in _documents(cu_seqlens, causal):
-        results = _heads_forward(*[documents.gather(x) for x in (q, k, v)], causal=causal, scale=scale)
-        for result, whole in zip(results, (out, lse), strict=True):
+        forward = _long_forward if _is_long(documents, q) else _short_forward
+        for result, whole in zip(forward(documents, q, k, v, causal, scale), (out, lse), strict=True):
             documents.scatter(result, whole)
     return out, lse
 
@@ -246,12 +245,12 @@ def _backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     # Padding has upstream gradient 0, and probabilities exp(0 − 0): it adds nothing to any gradient.
     for documents in _documents(cu_seqlens, causal):
-        parts = [documents.gather(x) for x in (dout, q, k, v, out, lse)]
-        gradients = _heads_backward(*parts, causal=causal, scale=scale)
+        backward = _long_backward if _is_long(documents, q) else _short_backward
+        gradients = backward(documents, dout, q, k, v, out, lse, causal, scale)
         for gradient, whole in zip(gradients, (dq, dk, dv), strict=True):
             documents.scatter(gradient, whole)
     if group > 1:

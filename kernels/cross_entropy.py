@@ -272,14 +272,14 @@ def _plain_z(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def _plain_statistics(z: torch.Tensor, targets: torch.Tensor, first_class: int) -> torch.Tensor:
-    """(rows, 4): maximum, Σ exp(z − maximum), z of the target or 0 where it is not here, Σ z."""
+def _plain_statistics(z: torch.Tensor, targets: torch.Tensor, first_class: int, with_sum: bool) -> torch.Tensor:
+    """(rows, 4): maximum, Σ exp(z − maximum), z of the target or 0 where it is not here, Σ z or 0."""
     top = z.amax(-1)
     total = torch.exp(z - torch.where(top == -torch.inf, 0.0, top)[:, None]).sum(-1)
     column = targets - first_class
     here = (column >= 0) & (column < z.shape[1])
     z_target = torch.where(here, z.gather(1, torch.where(here, column, 0)[:, None])[:, 0], 0.0)
-    return torch.stack([top, total, z_target, z.sum(-1)], 1)
+    return torch.stack([top, total, z_target, z.sum(-1) if with_sum else torch.zeros_like(top)], 1)
 
 
 def _plain_gradient(
@@ -368,7 +368,7 @@ def _statistics(
     if triton_runs:
         parts = _shard_op(logits, targets, options[0], options[3], shard.first_class)
     else:
-        parts = _plain_statistics(logits, targets, shard.first_class)
+        parts = _plain_statistics(logits, targets, shard.first_class, with_sum=options[1] > 0.0)
     return parts if group is None else whole_rows("cross_entropy", parts, logits.shape[-1], group)
 
 

@@ -104,7 +104,7 @@ def in_chunks(
     wide = accumulation_dtype(hidden.dtype)
     dhidden = hidden.new_empty(hidden.shape if wants.hidden else (0,))
     spans = _class_spans(weight) if wants.weight else []
-    sums = [weight.new_zeros(weight[classes].shape, dtype=wide) for classes in spans]
+    sums: list[torch.Tensor] = []
     dbias = weight.new_zeros(weight.shape[:1] if wants.bias else (0,), dtype=wide)
 
     # A function, so that what belongs to one chunk is freed before the next.
@@ -115,8 +115,11 @@ def in_chunks(
             return
         if wants.hidden:
             dhidden[span] = dlogits @ weight
-        for classes, dweight in zip(spans, sums, strict=True):
-            _add_product(dweight, dlogits[:, classes], part)
+        if not sums:
+            sums.extend(_product(dlogits[:, classes], part) for classes in spans)
+        else:
+            for classes, dweight in zip(spans, sums, strict=True):
+                _add_product(dweight, dlogits[:, classes], part)
         if wants.bias:
             dbias.add_(dlogits.sum(0, dtype=wide))
 
@@ -124,6 +127,8 @@ def in_chunks(
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for start in range(0, hidden.shape[0], step):
             chunk(slice(start, min(start + step, hidden.shape[0])))
+    if not hidden.shape[0]:
+        sums = [weight.new_zeros(weight[classes].shape, dtype=wide) for classes in spans]
     return dhidden, _complete(sums, _complete_dtype(hidden.dtype), weight), dbias
 
 
@@ -151,6 +156,14 @@ def _complete(sums: list[torch.Tensor], dtype: torch.dtype, weight: torch.Tensor
     if not parts:
         return weight.new_empty(0, dtype=dtype)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _product(dlogits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """dlogitsᵀ · hidden in `accumulation_dtype`, what `_add_product` would make of zeros."""
+    wide = accumulation_dtype(hidden.dtype)
+    if dlogits.device.type == "cuda" and dlogits.dtype != wide:
+        return torch.mm(dlogits.t(), hidden, out_dtype=wide)
+    return torch.mm(dlogits.t(), hidden).to(wide)
 
 
 def _add_product(dweight: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -123,9 +123,9 @@ def train_step(
     sums = world.add(torch.cat([torch.stack(losses).double().sum()[None], squares]))
     loss, norm = sums[0] / max(valid_tokens, 1.0), sums[1:].sum().sqrt()
     good = norm.isfinite() & (loss <= loss_limit)
-    if max_grad_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_((p for _, p in parameters), max_grad_norm, norm.float())
-    _step_if(good, optimizer)
+    # As `torch.nn.utils.clip_grad_norm_` has it.
+    excess = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0).float() if max_grad_norm > 0 else None
+    _step_if(good, optimizer, excess)
     optimizer.zero_grad(set_to_none=True)
     overflowed = torch.zeros_like(good)
     if loss_scale is not None:
@@ -164,14 +164,22 @@ def _squares(parameters: Sequence[tuple[str, torch.Tensor]], device: torch.devic
     return places, squares
 
 
-def _step_if(good: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Step where `good` holds, which an optimizer made for a gradient scaler finds out on the device."""
+def _step_if(good: torch.Tensor, optimizer: torch.optim.Optimizer, excess: torch.Tensor | None) -> None:
+    """Step where `good` holds, with the gradients divided by `excess`.
+
+    An optimizer made for a gradient scaler finds out the first on the device, and does the second as it reads them.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    device = parameters[0].device  # the host's, where weights are offloaded
+    excess = None if excess is None else excess.to(device)
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         if good.item():
+            if excess is not None:
+                torch._foreach_div_([local(p.grad) for p in parameters if p.grad is not None], excess)
             optimizer.step()
         return
-    device = optimizer.param_groups[0]["params"][0].device  # the host's, where weights are offloaded
-    optimizer.grad_scale, optimizer.found_inf = None, (~good).float().to(device)  # type: ignore[attr-defined]
+    optimizer.grad_scale = excess  # type: ignore[attr-defined]
+    optimizer.found_inf = (~good).float().to(device)  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
