@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tilewright.corpus import (
     Corpus,
@@ -20,6 +20,9 @@ from tilewright.corpus import (
 )
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.recipe import Data
+
+if TYPE_CHECKING:
+    from tilewright.trainer.checkpoints.storage import Location
 
 CORPUS = "corpus.json"
 HELDOUT = "heldout"
@@ -93,14 +96,14 @@ def open_data(data: Data) -> TrainingData:
     return TrainingData(corpora, [source.weight for source in data.sources], first.tokenizer)
 
 
-def is_same_data(run: Path, data: TrainingData) -> bool:
+def is_same_data(run: Location, data: TrainingData) -> bool:
     """Whether a run was trained on `data`, as far as it recorded that."""
     recorded = _recorded(run)
     return recorded is None or recorded == data.identity()
 
 
-def check_same_data(run: Path, data: TrainingData) -> None:
-    """Raise if a run was trained on other data.
+def check_same_data(run: Location, data: TrainingData) -> None:
+    """Raise if a run, or that of the checkpoints in a folder, was trained on other data.
 
     Raises:
         TrainingError: it was: with other weights, or a corpus folder has been built anew from other text or with other
@@ -139,7 +142,7 @@ def _open(corpus: str, heldout: str, data: Data) -> Corpus:
     return open_corpus(corpus)
 
 
-def _recorded(run: Path) -> dict[str, object] | None:
+def _recorded(run: Location) -> dict[str, object] | None:
     """What a run recorded of its data; None where it did not, empty where that cannot be read."""
     try:
         recorded = json.loads((run / CORPUS).read_text(encoding="utf-8"))

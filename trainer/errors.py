@@ -20,11 +20,14 @@ class AnotherProcessEnded(TrainingError):
 
     Args:
         rank: which, where that is known.
+        silent: whether it is its machine that is no longer heard of, so that nobody knows of an end.
     """
 
-    def __init__(self, rank: int | None = None) -> None:
+    def __init__(self, rank: int | None = None, *, silent: bool = False) -> None:
         which = "another process" if rank is None else f"process {rank}"
-        super().__init__(f"{which} of this run ended first; its own message says why")
+        ended = "ended first; its own message says why"
+        gone = "no longer answers, nor does its machine; look whether that has lost its power or its network"
+        super().__init__(f"{which} of this run {gone if silent else ended}")
 
 
 def tell_launcher(reason: str) -> None:

@@ -20,13 +20,14 @@ from tilewright.model import Transformer
 from tilewright.trainer.checkpoints import checkpoint
 from tilewright.trainer.data import check_same_data, open_data, samples_of
 from tilewright.trainer.errors import TrainingError
+from tilewright.trainer.health.check import INCIDENTS
 from tilewright.trainer.optimization.loss_scale import LossScale
 from tilewright.trainer.optimization.optimizer import build_optimizer, set_learning_rate
 from tilewright.trainer.parallel.float8 import check_float8, generation_of
 from tilewright.trainer.parallel.sharding import World, sharded_model, world
 from tilewright.trainer.recipe import Parallel, Recipe
 from tilewright.trainer.recipe.file import recipe_from_run
-from tilewright.trainer.record.metrics import METRICS, read_metrics
+from tilewright.trainer.record.metrics import METRICS, ROLLED_BACK, read_metrics
 from tilewright.trainer.run_directory import RECIPE
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 from tilewright.trainer.trained import check_kernels, check_vocabulary
@@ -58,13 +59,11 @@ def replay(run: Path, step: int, say: Callable[[str], None]) -> Replayed:
         say: told of progress, a line at a time.
 
     Raises:
-        TrainingError, CorpusError: the run has not taken that step, or it, its data or its checkpoint is damaged.
+        TrainingError, CorpusError: the run has not taken that step or went back on it, or it, its data or its
+            checkpoint is damaged.
     """
     recipe = recipe_from_run(run / RECIPE)
-    lines = {line["step"]: line for line in read_metrics(run / METRICS)[0]}
-    if step not in lines:
-        known = f"{min(lines)} to {max(lines)}" if lines else "none"
-        raise TrainingError(f"{run} has recorded no step {step}; its steps are {known}: name one of them with --step")
+    lines = _recorded_lines(run, step, say)
     with world() as process:
         if process.size > 1:
             raise TrainingError(f"replay runs in one process, and there are {process.size}; start it without torchrun")
@@ -77,6 +76,27 @@ def replay(run: Path, step: int, say: Callable[[str], None]) -> Replayed:
         look = _Look(replaying.model)
         result, micro_batches = replaying.take(step, look)
         return Replayed(step, lines[step], result, micro_batches, look.not_finite)
+
+
+def _recorded_lines(run: Path, step: int, say: Callable[[str], None]) -> dict[int, dict[str, Any]]:
+    """The training lines of the run by their step; that of `step` is among them."""
+    lines = {line["step"]: line for line in read_metrics(run / METRICS)[0]}
+    known = f"{min(lines)} to {max(lines)}" if lines else "none"
+    rolled_back = run / ROLLED_BACK
+    gone_back_on = rolled_back.is_file() and step in {line["step"] for line in read_metrics(rolled_back)[0]}
+    where = f"what was recorded of it is in {rolled_back}"
+    if (incident := run / INCIDENTS / f"step-{step:08d}").is_dir():
+        where += f", what it worked on in {incident}"
+    if step in lines and gone_back_on:
+        say(f"step {step} as the run went on; it was taken before and rolled back: {where}")
+    elif gone_back_on:
+        raise TrainingError(
+            f"{run} went back on its step {step}, which cannot be taken again; {where}; or name with --step one that "
+            f"was kept ({known})"
+        )
+    elif step not in lines:
+        raise TrainingError(f"{run} has recorded no step {step}; its steps are {known}: name one of them with --step")
+    return lines
 
 
 class _Replaying:

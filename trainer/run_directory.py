@@ -99,20 +99,29 @@ def save_recipe(run: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the run directory for this command.
+    """Hold the run directory for this command; one that it made and put nothing in goes again if it fails.
 
     Raises:
         TrainingError: another command holds it.
     """
+    made = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
+    lock = run / ".lock"
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TrainingError(
                 f"another command is training in {run}; wait for it, stop it, or name another with --run_directory"
             ) from None
-        yield
+        try:
+            yield
+        except BaseException:
+            # Left behind, it would be taken for the newest run, and the next start would begin another after it.
+            if made and list(run.iterdir()) == [lock]:
+                lock.unlink()
+                run.rmdir()
+            raise
 
 
 def _numbered(runs: Path, name: str) -> list[Path]:

@@ -116,6 +116,7 @@ def in_the_removal_of_an_old_checkpoint(reached: Callable[[], None]) -> None:
 
 # What a process is doing when it reaches each point, and how to have it notice.
 POINTS: dict[str, Callable[[Callable[[], None]], None]] = {
+    "before a group is made": before(parallel.dist, "new_group"),
     "before an all-reduce": before(parallel.dist, "all_reduce"),
     "before the optimizer step": before(torch.optim.AdamW, "step"),
     "after the optimizer step": after(torch.optim.AdamW, "step"),

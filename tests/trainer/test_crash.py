@@ -31,6 +31,7 @@ SEED = int(os.environ.get("TILEWRIGHT_CRASH_SEED", time.time_ns() % 1_000_000))
 SOAK_MINUTES = float(os.environ.get("TILEWRIGHT_SOAK_MINUTES", "25"))
 # How often each point is reached in a run of STEPS steps, from where a kill may still lose something.
 CALLS = {
+    "before a group is made": 1,
     "before an all-reduce": 20,
     "before the optimizer step": STEPS,
     "after the optimizer step": STEPS,
@@ -258,4 +259,5 @@ def test_killed_some_hundred_times_runs_give_the_losses_of_runs_never_killed(
         why = f"TILEWRIGHT_CRASH_SEED={seed}"
         assert life(run, None, processes, folder) == [0] * processes, f"{why}: {log(tmp_path, run)}"
         assert_as_never_killed(tmp_path, run, f"whole-{processes}", why, folder)
+        print(f"{killed} kills in {number} runs, {max(end - time.monotonic(), 0.0) / 60:.1f} minutes left", flush=True)
     print(f"{killed} kills in {number} runs from TILEWRIGHT_CRASH_SEED={SEED}")

@@ -1,26 +1,21 @@
 """Stopping by the held-out loss: the rule on records, and whole runs that stop, also after being killed."""
 
-import io
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.health.early_stopping import no_longer_improves
-from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.recipe import Evaluation
 from tilewright.trainer.recipe.file import load_recipe
 from tilewright.trainer.record.metrics import read_metrics
 
-Write = Callable[..., Path]
+from .conftest import Write, run, torchrun
+
+pytestmark = pytest.mark.usefixtures("without_what_takes_long")
 
 
 def stops_at(losses: list[float | None], margin: float = 0.0, tokens: list[int] | None = None) -> list[int]:
@@ -55,18 +50,6 @@ def test_losses_are_compared_over_the_same_text_alone() -> None:
     assert stops_at([4, 3, 9, 3.1, 2.9], tokens=[7, 7, 90, 7, 7]) == []
     assert stops_at([4, 3, 1, 3.1, 3.2], tokens=[7, 7, 90, 7, 7]) == [4]
     assert stops_at([4, 6, 5.5, 5.6, 5.7], tokens=[7, 90, 90, 90, 90]) == [4]
-
-
-@pytest.fixture(autouse=True)
-def _without_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "write_report", lambda run: run)
-    monkeypatch.setattr(loop, "measured_matmul_peak", lambda *arguments: 1e12)
-
-
-def run(recipe: Path, *overrides: str) -> tuple[Outcome, str]:
-    output = io.StringIO()
-    outcome = train(load_recipe(str(recipe), overrides), Console(file=output, width=120))
-    return outcome, output.getvalue()
 
 
 @pytest.fixture
@@ -118,10 +101,7 @@ def test_two_processes_stop_together_with_the_figures_of_one(tiny_recipe: Write,
         optimizer__orthogonalisation_dtype="float32", optimizer__ema_decay=0.5,
     )  # fmt: skip
     alone = run(recipe, "--run_directory", str(tmp_path / "alone"))[0].run
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tilewright.cli", "train", str(recipe), "--run_directory", str(tmp_path / "two")]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = torchrun(2, recipe, "--run_directory", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_metrics(folder / "metrics.jsonl") for folder in (alone, tmp_path / "two"))
     assert [line["step"] for line in one[0]] == [line["step"] for line in two[0]] == [1, 2, 3, 4]

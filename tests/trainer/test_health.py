@@ -1,18 +1,15 @@
 """Steps that go wrong: skipped by all processes alike, told of, kept for a look, and at last the end of the run."""
 
 import dataclasses
-import io
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from tilewright.cli.main import main
 from tilewright.model import from_preset
@@ -20,17 +17,16 @@ from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.health import check as health
 from tilewright.trainer.health.check import LossWatch
 from tilewright.trainer.health.hang import hang_watch
-from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.optimization.optimizer import build_optimizer
-from tilewright.trainer.parallel.sharding import World, sharded_model, world
+from tilewright.trainer.parallel.sharding import World, sharded_model
 from tilewright.trainer.recipe import Health, Optimizer
 from tilewright.trainer.recipe.file import load_recipe
-from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.replay import replay
 from tilewright.trainer.run_directory import choose_run_directory, save_recipe
 from tilewright.trainer.step import MicroBatch, train_step
 
-Write = Callable[..., Path]
+from .conftest import Write, run, steps_of
+
 CONFIG = from_preset(
     "llama-10m", vocab_size=40, hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, intermediate_size=24,
     max_sequence_length=12,
@@ -40,22 +36,6 @@ STRICT = {
     "health__spike": "skip", "health__spike_score": 0.0, "health__spike_window": 4, "health__bad_steps": 9,
     "optimizer__learning_rate": 1e-9,
 }  # fmt: skip
-
-
-@pytest.fixture
-def process() -> Iterator[World]:
-    with world() as alone:
-        yield alone
-
-
-def run(recipe: Path, *overrides: str) -> tuple[Outcome, str]:
-    output = io.StringIO()
-    outcome = train(load_recipe(str(recipe), overrides), Console(file=output, width=200))
-    return outcome, output.getvalue()
-
-
-def steps_of(run_directory: Path) -> list[dict[str, Any]]:
-    return read_metrics(run_directory / "metrics.jsonl")[0]
 
 
 def test_a_spike_is_what_lies_far_above_the_median_of_the_last_losses() -> None:

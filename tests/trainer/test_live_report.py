@@ -91,7 +91,7 @@ def test_the_page_is_written_while_a_run_trains_and_says_at_its_end_that_it_has_
         writing.ended = True
         return writing
 
-    monkeypatch.setattr(live_report, "_SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(live_report, "SECONDS_BETWEEN_PAGES", 0.0)
     monkeypatch.setattr(live_report, "_start", start)
     recipe = tiny_recipe(steps=2, evaluation={"every": 1, "windows": 4}, checkpoints={"every": 0})
     outcome = train(load_recipe(str(recipe)), Console(file=io.StringIO()))

@@ -1,12 +1,16 @@
 """The report of a run: what it shows, what it says is missing, and that it needs nothing from outside."""
 
 import json
+import os
 import re
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 
 from tilewright.trainer import TrainingError
+from tilewright.trainer.record.grad_norm_map import GradNorms, _labelled
+from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.record.report import write_report
 from tilewright.trainer.record.report_plots import _thin, plots, smoothed, tokens_at
 
@@ -243,7 +247,7 @@ def test_the_page_of_a_run_that_goes_on_says_how_far_it_is_and_is_read_again(wri
     write(summary=None, training=[training_line(15)], recipe="name: quickstart\nsteps: 60\n")
     page = read_page(write_report(tmp_path / "run-001", running=True))
     page.check()
-    assert "run-001 running 15 of 60 steps · A CPU · as of 2" in page.text
+    assert "run-001 running 15 of 60 steps · A CPU This page was last written at 2" in page.text
     assert ("div", [("style", "width: 25.0%")]) in page.elements
     assert ("meta", [("http-equiv", "refresh"), ("content", "30")]) in page.elements
     assert "Missing" not in page.text
@@ -321,4 +325,131 @@ def test_a_long_curve_is_thinned_without_losing_its_spikes():
 
 def test_a_long_run_makes_no_larger_a_page_than_it_must():
     training = [training_line(step, loss=3.0 + (step * 7919 % 100) / 100) for step in range(1, 20_001)]
-    assert all(len(plot.svg) < 200_000 for plot in plots(training, [], {}))
+    assert all(len(plot.svg) < 200_000 for plot in plots(training, [], {}, GradNorms()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seconds"),
+    [
+        # Lines of 0.5 s a step: what is written every 50 steps comes every 25 s, and the page when 120 s are over.
+        ("steps: 60\nevaluation: {every: 50}\ncheckpoints: {every: 0}", 125),
+        ("steps: 60\nevaluation: {every: 5000}\ncheckpoints: {every: 1000}", 500),
+        ("steps: 60\nevaluation: {every: 0}", None),
+        ("steps: [", None),
+    ],
+)
+def test_the_page_of_a_run_that_goes_on_says_when_it_was_written_and_when_it_will_be(
+    write, tmp_path, read_page, recipe, seconds
+):
+    training = [training_line(step, tokens_per_second=2000.0) for step in (1, 2, 3)]
+    write(summary=None, training=training, recipe=recipe)
+    before = datetime.now(UTC)
+    text = read_page(write_report(tmp_path / "run-001", running=True)).text
+    said = re.search(r"last written at (.{19}) UTC, next (.*?)\. Long after that, the run has ended", text)
+    written, following = said.groups()
+    written = datetime.fromisoformat(written + "+00:00")
+    assert before.replace(microsecond=0) <= written <= datetime.now(UTC)
+    if seconds is None:
+        assert following == "at an evaluation or a checkpoint"
+    else:
+        following = datetime.fromisoformat(following.removeprefix("around ").replace(" UTC", "+00:00"))
+        assert following - written == timedelta(seconds=seconds)
+
+
+def test_the_page_of_a_run_that_was_killed_says_when_it_last_recorded_something(write, tmp_path):
+    write(summary=None)
+    recorded = datetime(2026, 11, 20, 1, 2, 3, tzinfo=UTC)
+    os.utime(tmp_path / "run-001" / "metrics.jsonl", (recorded.timestamp(), recorded.timestamp()))
+    text = write(summary=None, training=[], evaluations=[]).text
+    days = (datetime.now(UTC) - recorded).days
+    assert f"Last recorded at 2026-11-20 01:02:03 UTC, {days}d" in text
+    assert "before this page was written; a step takes 0.14 s." in text
+    assert "Last recorded" not in write().text
+
+
+def norms_taken(*lines):
+    """Gradient norms of lines that are each the tokens so far and the norms by place."""
+    norms = GradNorms()
+    for tokens, by_place in lines:
+        norms.take({"tokens": tokens, "grad_norms": by_place})
+    return norms
+
+
+def test_gradient_norms_by_block_are_drawn_and_what_was_not_finite_is_said(write):
+    training = [
+        training_line(n, grad_norms={"embedding": 0.05, "blocks.0": 0.5 * n, "head": 0.2}) for n in range(1, 30)
+    ]
+    page = write(training=training)
+    page.check()
+    assert page.plots == [*TITLES[:6], "Gradient norm by block", TITLES[6]]
+    drawing = plot_of(page, "Gradient norm by block")
+    assert {"embedding", "blocks.0", "head", "2-norm", "0.1", "1", "10"} <= set(
+        re.findall(r">([^<>]*)</text>", drawing)
+    )
+    assert "the first row to turn yellow." in page.text
+    assert "Red: not finite" not in page.text
+    training[7]["grad_norms"]["head"] = None
+    assert "Red: not finite" in write(training=training).text
+
+
+def test_each_step_of_a_short_run_has_a_column_of_its_own_and_no_place_goes_under():
+    grid = norms_taken(
+        (1000, {"embedding": 1.0, "blocks.0": 2.0}),
+        (2000, {"embedding": 3.0, "blocks.0": None}),
+        (3000, {"embedding": 5.0, "late": 6.0}),
+    ).grid()
+    assert grid.places == ["embedding", "blocks.0", "late"]
+    assert grid.end == 3000
+    unknown = np.nan
+    expected = [[1.0, 3.0, 5.0], [2.0, np.inf, unknown], [unknown, unknown, 6.0]]
+    np.testing.assert_array_equal(grid.cells, expected)
+
+
+def test_no_step_of_a_long_run_is_lost_in_the_map_and_the_map_stays_small():
+    steps, blocks = 20_011, 40
+    quiet = {f"blocks.{block}": 0.1 for block in range(blocks)}
+    spikes = {place: 1 + 511 * place for place in range(blocks)}
+    lines = [[1024 * step, quiet] for step in range(1, steps + 1)]
+    for place, step in spikes.items():
+        lines[step - 1][1] = {**quiet, f"blocks.{place}": 7.0}
+    norms = norms_taken(*lines)
+    grid = norms.grid()
+    assert grid.cells.shape == (blocks, 320)
+    for place, step in spikes.items():
+        # Of the step's tokens, from the first to the last.
+        first, last = (step - 1) * 320 // steps, (step * 320 - 1) // steps
+        assert np.flatnonzero(grid.cells[place] > 1).tolist() == list(range(first, last + 1))
+    training = [training_line(step) for step in (1, 10, steps)]
+    (drawn,) = (plot for plot in plots(training, [], {}, norms) if plot.title == "Gradient norm by block")
+    assert len(drawn.svg) < 100_000
+
+
+def test_a_step_with_more_tokens_than_others_is_as_wide_as_its_tokens():
+    grid = norms_taken(
+        (1000, {"head": 1.0}), (4000, {"head": 2.0}), (5000, {"head": 3.0}), (6000, {"head": 4.0})
+    ).grid()
+    # Columns of 1,500 tokens: the first has a part of the second step, the third all of the third step.
+    assert grid.cells.tolist() == [[2.0, 2.0, 3.0, 4.0]]
+
+
+def test_norms_that_are_zero_or_the_same_or_of_no_use_are_drawn_or_left_out(write):
+    for norms in ({"head": 0.0}, {"head": 0.5}, {"head": None}):
+        page = write(training=[training_line(step, grad_norms=norms) for step in (1, 2)])
+        page.check()
+        assert "Gradient norm by block" in page.plots
+    for norms in ({}, None, "text"):
+        assert "Gradient norm by block" not in write(training=[training_line(1, grad_norms=norms)]).plots
+
+
+def test_the_rows_of_a_few_blocks_are_all_named_and_those_of_many_at_distances_that_can_be_read():
+    assert _labelled(["embedding", "blocks.0", "norm", "head"]) == [0, 1, 2, 3]
+    places = ["embedding", *(f"blocks.{block}" for block in range(80)), "norm", "head"]
+    named = [places[row] for row in _labelled(places)]
+    assert named == ["embedding", *(f"blocks.{block}" for block in range(10, 80, 10)), "head"]
+
+
+def test_the_norms_of_a_run_are_not_held_as_they_were_read(tmp_path):
+    path, norms = tmp_path / "metrics.jsonl", GradNorms()
+    path.write_text(json.dumps(training_line(1, grad_norms={"head": 0.5})) + "\n")
+    assert read_metrics(path, lighten=norms.take)[0] == [training_line(1)]
+    assert norms.grid().cells.tolist() == [[0.5]]

@@ -1,44 +1,34 @@
 """A run that goes back to a checkpoint when its loss spikes, and on from there with other samples."""
 
 import dataclasses
-import io
 import json
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.checkpoints import writer as checkpoint_writer
 from tilewright.trainer.checkpoints.checkpoint import CheckpointWriter
 from tilewright.trainer.data import open_data
 from tilewright.trainer.health.rollback import Rollback, Rollbacks, recorded_rollbacks
-from tilewright.trainer.loop import Outcome, train
-from tilewright.trainer.parallel.sharding import World, world
+from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.recipe.file import load_recipe
 from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.replay import replay
 
-Write = Callable[..., Path]
+from .conftest import Write, run, torchrun
+
+pytestmark = pytest.mark.usefixtures("without_what_takes_long")
 WATCHED = {
     "steps": 12, "checkpoints__every": 3, "evaluation__every": 4, "schedule__kind": "constant",
     "schedule__warmup_steps": 0, "sample__prompt": "", "optimizer__ema_decay": 0.6, "health__spike": "rollback",
     "health__spike_score": 1.5, "health__spike_window": 8,
 }  # fmt: skip
 BAD = 64  # the first of step 9's samples; the newest checkpoint is then that of step 6
-
-
-@pytest.fixture(autouse=True)
-def _without_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "write_report", lambda run: run)
-    monkeypatch.setattr(loop, "measured_matmul_peak", lambda *arguments: 1e12)
 
 
 @pytest.fixture
@@ -72,18 +62,6 @@ def bad_sample(tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> Callable[
     return patch
 
 
-@pytest.fixture
-def process() -> Iterator[World]:
-    with world() as alone:
-        yield alone
-
-
-def run(recipe: Path, *overrides: str) -> tuple[Outcome, str]:
-    output = io.StringIO()
-    outcome = train(load_recipe(str(recipe), overrides), Console(file=output, width=300))
-    return outcome, output.getvalue()
-
-
 def record(run_directory: Path, name: str = "metrics.jsonl") -> list[tuple[Any, ...]]:
     lines = read_metrics(run_directory / name)[0]
     return [tuple(line[key] for key in ("step", "sample", "loss", "grad_norm", "lr")) for line in lines]
@@ -114,9 +92,33 @@ def test_a_spike_takes_the_run_back_to_its_checkpoint_and_on_with_the_samples_af
     # Weights and optimizer are those of the checkpoint: taken in another way, the steps come to the same.
     for step in (7, 8):
         assert replay(outcome.run, step, lambda _: None).result.loss == steps[step - 1][2]
+    said: list[str] = []
+    replay(outcome.run, 7, said.append)
+    assert said[0] == (
+        "step 7 as the run went on; it was taken before and rolled back: what was recorded of it is in "
+        f"{outcome.run / 'metrics-rolled-back.jsonl'}"
+    )
     tokens = [line["tokens"] for line in read_metrics(outcome.run / "metrics.jsonl")[0]]
     assert tokens[5:7] == [48 * 32, 80 * 32]
     assert json.loads((outcome.run / "summary.json").read_text())["rollbacks"] == 1
+
+
+def test_a_step_that_was_rolled_back_and_not_taken_again_is_refused_by_replay_with_where_its_record_is(
+    tiny_recipe: Write, bad_sample: Callable[..., None]
+) -> None:
+    bad_sample(10)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe := tiny_recipe(**WATCHED))
+    directory = recipe.parent / "runs" / "tiny-001"
+    with pytest.raises(TrainingError) as told:
+        replay(directory, 9, print)
+    assert str(told.value) == (
+        f"{directory} went back on its step 9, which cannot be taken again; what was recorded of it is in "
+        f"{directory / 'metrics-rolled-back.jsonl'}, what it worked on in {directory / 'incidents' / 'step-00000009'}; "
+        "or name with --step one that was kept (1 to 6)"
+    )
+    with pytest.raises(TrainingError, match=r"has recorded no step 99; its steps are 1 to 6"):
+        replay(directory, 99, print)
 
 
 @pytest.mark.parametrize("killed_in", [10, 15])
@@ -236,10 +238,7 @@ def test_two_processes_go_back_together_with_the_record_of_one(tiny_recipe: Writ
     )  # fmt: skip
     alone = run(recipe, "--run_directory", str(tmp_path / "alone"))[0].run
     assert recorded_rollbacks(alone)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tilewright.cli", "train", str(recipe), "--run_directory", str(tmp_path / "two")]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = torchrun(2, recipe, "--run_directory", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     places = [[(r.step, r.to, r.sample) for r in recorded_rollbacks(folder)] for folder in (alone, tmp_path / "two")]
     assert places[0] == places[1]

@@ -1,32 +1,28 @@
 """Steps that grow: a ramp of the batch and a warm-up of the sequence length, exact over kills, sizes and replays."""
 
-import io
 import json
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from tilewright.corpus import Batch as Rows
 from tilewright.model import Transformer, from_preset, initialise
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.checkpoints.checkpoint import committed
 from tilewright.trainer.data import open_data, samples_of
-from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.plan.dry_run import plan
 from tilewright.trainer.recipe import Batch, BatchStage, Data, LengthStage
 from tilewright.trainer.recipe.file import load_recipe
-from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.replay import replay
 from tilewright.trainer.stages import DataPosition, check_batches, length_at, samples_before, sequences_at
 from tilewright.trainer.step import MicroBatch
 
-Write = Callable[..., Path]
+from .conftest import Write, run, steps_of
+
+pytestmark = pytest.mark.usefixtures("without_what_takes_long")
 RAMP = Batch(4, 2, [BatchStage(2, 8), BatchStage(5, 16)])
 # Steps of 4, 4, 8, 8, 8, 16 sequences of 32 tokens, cut to 8 tokens in the first three and to 16 in the fourth.
 STAGED = {
@@ -34,22 +30,6 @@ STAGED = {
     "batch__stages": [{"step": 2, "sequences": 8}, {"step": 5, "sequences": 16}],
     "data__sequence_length_stages": [{"step": 0, "length": 8}, {"step": 3, "length": 16}, {"step": 4, "length": 32}],
 }
-
-
-@pytest.fixture(autouse=True)
-def _without_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "write_report", lambda run: run)
-    monkeypatch.setattr(loop, "measured_matmul_peak", lambda *arguments: 1e12)
-
-
-def run(recipe: Path, *overrides: str) -> tuple[Outcome, str]:
-    output = io.StringIO()
-    outcome = train(load_recipe(str(recipe), overrides), Console(file=output, width=200))
-    return outcome, output.getvalue()
-
-
-def steps_of(run_directory: Path) -> list[dict[str, Any]]:
-    return read_metrics(run_directory / "metrics.jsonl")[0]
 
 
 def test_a_step_takes_the_samples_after_those_of_the_steps_before() -> None:

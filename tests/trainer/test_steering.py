@@ -3,49 +3,25 @@
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from tilewright.trainer import TrainingError, loop
-from tilewright.trainer.loop import Outcome, train
+from tilewright.trainer import TrainingError
+from tilewright.trainer.loop import train
 from tilewright.trainer.recipe.file import load_recipe
 from tilewright.trainer.record.metrics import read_metrics
 from tilewright.trainer.trained import evaluate_run, load_trained
 
-Write = Callable[..., Path]
+from .conftest import Write, kill_in_step, run, steps_of
 
-
-@pytest.fixture(autouse=True)
-def _without_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "write_report", lambda run: run)
-    monkeypatch.setattr(loop, "measured_matmul_peak", lambda *arguments: 1e12)
-
-
-def run(recipe: Path, *overrides: str) -> Outcome:
-    return train(load_recipe(str(recipe), overrides), Console(file=io.StringIO()))
+pytestmark = pytest.mark.usefixtures("without_what_takes_long")
 
 
 def recorded(run_directory: Path, key: str) -> list[float]:
-    return [line[key] for line in read_metrics(run_directory / "metrics.jsonl")[0]]
-
-
-def kill_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs die in their step `number`, as if killed there: nothing is saved on the way out."""
-    step, calls = loop.train_step, 0
-
-    def killed(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            raise KeyboardInterrupt
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(loop, "train_step", killed)
+    return [line[key] for line in steps_of(run_directory)]
 
 
 def killed_run(recipe: Path, step: int, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
@@ -61,7 +37,7 @@ def test_a_run_that_is_named_goes_on_with_the_learning_rate_that_is_stated_now(
     recipe = tiny_recipe(schedule__kind="constant", schedule__warmup_steps=0)
     name = ("--run_directory", str(recipe.parent / "named"))
     killed_run(recipe, 5, monkeypatch, *name)
-    outcome = run(recipe, *name, "--optimizer.learning_rate", "3e-3", "--optimizer.weight_decay", "0")
+    outcome, _ = run(recipe, *name, "--optimizer.learning_rate", "3e-3", "--optimizer.weight_decay", "0")
     assert recorded(outcome.run, "lr") == pytest.approx([1e-2] * 4 + [3e-3] * 2)
 
 
@@ -69,7 +45,7 @@ def test_a_finished_run_goes_on_for_more_steps_with_a_restart(tiny_recipe: Write
     recipe = tiny_recipe(schedule__kind="linear", schedule__final_fraction=0.0)
     name = ("--run_directory", str(recipe.parent / "named"))
     run(recipe, *name)
-    outcome = run(recipe, *name, "--steps", "10", "--schedule.restarts", "[6]")
+    outcome, _ = run(recipe, *name, "--steps", "10", "--schedule.restarts", "[6]")
     expected = [0.5, 1, 0.75, 0.5, 0.25, 0, 0.5, 1, 0.5, 0]
     assert recorded(outcome.run, "lr") == pytest.approx([1e-2 * factor for factor in expected])
     assert (outcome.status, outcome.step) == ("finished", 10)
@@ -84,9 +60,9 @@ def test_a_killed_run_of_any_optimizer_with_averaged_weights_goes_on_to_the_bit(
     changes = {f"optimizer__{key}": value for key, value in optimizer.items()}
     groups = [{"match": "mlp", "learning_rate_factor": 0.5}]
     recipe = tiny_recipe(optimizer__ema_decay=0.6, optimizer__groups=groups, **changes)
-    whole = run(recipe, "--run_directory", str(recipe.parent / "whole"))
+    whole, _ = run(recipe, "--run_directory", str(recipe.parent / "whole"))
     killed_run(recipe, 6, monkeypatch)
-    resumed = run(recipe)
+    resumed, _ = run(recipe)
     for key in ("loss", "grad_norm"):
         assert recorded(resumed.run, key) == recorded(whole.run, key)
     last = [read_metrics(outcome.run / "metrics.jsonl")[1][-1]["eval"] for outcome in (whole, resumed)]
@@ -115,7 +91,7 @@ def test_an_average_that_begins_within_a_run_begins_with_the_weights_of_then(
     assert "averaged     weights from those of step 4 on: no average was kept before" in output.getvalue()
     with pytest.raises(TrainingError, match=r"is of a step before optimizer.ema_decay was set"):
         evaluate_run(recipe.parent / "named", averaged=True)
-    outcome = run(recipe, *name, "--optimizer.ema_decay", "0.5")
+    outcome, _ = run(recipe, *name, "--optimizer.ema_decay", "0.5")
     # The weights of step 4 stand for those of the steps 1 to 4.
     weights = {}
     for step in (4, 5, 6):
@@ -140,6 +116,6 @@ def test_another_kind_of_optimizer_does_not_go_on_with_a_run(tiny_recipe: Write)
 
 
 def test_averaged_weights_that_were_not_kept_are_refused(tiny_recipe: Write) -> None:
-    outcome = run(tiny_recipe(steps=1, schedule__warmup_steps=0, sample__prompt=""))
+    outcome, _ = run(tiny_recipe(steps=1, schedule__warmup_steps=0, sample__prompt=""))
     with pytest.raises(TrainingError, match=r"keeps no average of its weights: its recipe has optimizer.ema_decay 0"):
         evaluate_run(outcome.run, averaged=True)

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,8 @@ import torch
 
 from tilewright.cli.main import main
 from tilewright.trainer.checkpoints.checkpoint import MARKER, CheckpointWriter, Committed, committed, load
-from tilewright.trainer.checkpoints.storage import RemotePath, location
+from tilewright.trainer.checkpoints.storage import RemotePath, location, write_whole
+from tilewright.trainer.data import CORPUS
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.parallel.sharding import World, world
 from tilewright.trainer.recipe import Checkpoints
@@ -267,18 +269,46 @@ def test_a_run_without_a_name_goes_on_from_a_store_only_as_it_was_steered(
     assert main(other) == 2
     assert "holds a run of another recipe (optimizer.learning_rate differ)" in capsys.readouterr().err
     assert [(path.name, path.read_bytes()) for path in sorted((tmp_path / "a.store").iterdir())] == kept
-    assert list((tmp_path / "b").glob("*/recipe.yaml")) == []
-    (run,) = (tmp_path / "b").iterdir()
+    assert list((tmp_path / "b").iterdir()) == []
+    run = tmp_path / "b" / "tiny-001"
     assert main([*other, "--steps", "3", "--run_directory", str(run)]) == 0  # who names it may steer it
     assert steps(committed(run, store()))[-1] == 3
 
 
-@pytest.mark.parametrize("url", ["s3://me:s3cret@bucket/runs", "sftp://me:s3c/ret@host/runs"])
+def test_a_start_that_is_refused_for_its_corpus_or_its_steps_leaves_the_run_directory_as_it_was(
+    store: Callable[..., str], tiny_recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tiny_recipe(checkpoints__folder=store(), steps=3, sample__prompt=""))
+    command = ["train", recipe, "--run_directory", str(tmp_path / "b" / "tiny-001")]
+    assert main(["train", recipe, "--run_directory", str(tmp_path / "a" / "tiny-001")]) == 0
+    corpus_kept = location(store()) / "tiny-001" / CORPUS
+    kept = corpus_kept.read_text(encoding="utf-8")
+    write_whole(corpus_kept, json.dumps({"tokenizer": "another"}))
+    assert main(command) == 2
+    assert "tiny-001 was trained on another corpus" in capsys.readouterr().err
+    assert list((tmp_path / "b").iterdir()) == []
+    write_whole(corpus_kept, kept)
+    assert main([*command, "--steps", "2"]) == 2
+    assert "has come to step 3 already" in capsys.readouterr().err
+    assert list((tmp_path / "b").iterdir()) == []
+    (tmp_path / "b" / "tiny-001").mkdir()
+    assert main([*command, "--steps", "2"]) == 2
+    assert [path.name for path in (tmp_path / "b" / "tiny-001").iterdir()] == [".lock"]
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://me:s3cret@bucket/runs", "sftp://me:s3c/ret@host/runs", "hdfs://me:8s3c@h:9000/a"]
+)
 def test_a_password_in_the_url_is_refused_and_not_repeated(tiny_recipe: Write, url: str) -> None:
     with pytest.raises(TrainingError, match=r"checkpoints.folder is a URL with a user and a password") as told:
         load_recipe(str(tiny_recipe(checkpoints__folder=url)))
     assert "s3c" not in str(told.value)
-    for fine in ("abfs://container@account.dfs.core.windows.net/runs", "s3://bucket/runs", "/home/a:b@c/runs"):
+    of_no_password = (
+        "abfs://container@account.dfs.core.windows.net/runs", "s3://bucket/runs", "/home/a:b@c/runs",
+        "hdfs://host:9000/a@b", "hdfs://me@host:9000/a@b", "hdfs://[::1]:9000/a@b", "hdfs://[::1]/a@b",
+    )  # fmt: skip
+    for fine in of_no_password:
         assert load_recipe(str(tiny_recipe(checkpoints__folder=fine))).checkpoints.folder == fine
 
 

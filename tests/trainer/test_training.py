@@ -1,6 +1,5 @@
 """Whole runs of a tiny recipe in one process: what they leave behind, and that stopping changes nothing."""
 
-import io
 import json
 import math
 import os
@@ -8,31 +7,23 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from tilewright.corpus import build_corpus
 from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.checkpoints import writer as checkpoint_writer
 from tilewright.trainer.checkpoints.checkpoint import CheckpointWriter, committed
 from tilewright.trainer.health.interruption import Interruption
-from tilewright.trainer.loop import Outcome, train
 from tilewright.trainer.recipe.file import load_recipe, recipe_from_run
 from tilewright.trainer.record.metrics import TrainingLine, read_metrics
 from tilewright.trainer.trained import load_trained
 
-Write = Callable[..., Path]
-
-
-def run(recipe: Path, *overrides: str) -> tuple[Outcome, str]:
-    output = io.StringIO()
-    outcome = train(load_recipe(str(recipe), overrides), Console(file=output, width=120))
-    return outcome, output.getvalue()
+from .conftest import Write, kill_in_step, run
 
 
 def lines(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -75,20 +66,6 @@ def test_an_untrained_model_knows_nothing(tiny_recipe: Write) -> None:
 
 def losses(run_directory: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in lines(run_directory)[0]]
-
-
-def kill_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next run die in its step `number`, as if killed there: nothing is saved on the way out."""
-    step, calls = loop.train_step, 0
-
-    def killed(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            raise KeyboardInterrupt
-        return step(*args, **options)
-
-    monkeypatch.setattr(loop, "train_step", killed)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_losses_to_the_bit(

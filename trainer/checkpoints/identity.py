@@ -10,27 +10,27 @@ from pathlib import Path
 
 from tilewright.trainer.checkpoints.files import checkpoint_folder, committed_in
 from tilewright.trainer.checkpoints.storage import write_whole
-from tilewright.trainer.data import CORPUS
+from tilewright.trainer.data import CORPUS, TrainingData, check_same_data
 from tilewright.trainer.recipe import Recipe
-from tilewright.trainer.run_directory import RECIPE, refuse_another_recipe, write_atomically
+from tilewright.trainer.run_directory import RECIPE, refuse_another_recipe
 
 
-def restore_identity(run: Path, recipe: Recipe) -> None:
-    """Give a run directory that has no recipe yet the one of the checkpoints that are there under its name.
+def check_identity(run: Path, recipe: Recipe, data: TrainingData) -> None:
+    """Raise if a run is of other data, or one whose directory was lost of another recipe than its checkpoints.
+
+    The recipe of a directory that has one was compared when it was chosen.
 
     Raises:
-        TrainingError: they are of another recipe than `recipe`; nothing is written then.
+        TrainingError: they are; nothing has been written then.
         OSError: they cannot be read.
     """
-    if not recipe.checkpoints.folder or (run / RECIPE).is_file():
+    check_same_data(run, data)
+    if not recipe.checkpoints.folder or all((run / name).is_file() for name in (RECIPE, CORPUS)):
         return
     folder = checkpoint_folder(run, recipe.checkpoints.folder)
-    if not committed_in(folder) or not (folder / RECIPE).is_file():
-        return
-    refuse_another_recipe(folder, recipe)
-    for name in (CORPUS, RECIPE):
-        if (folder / name).is_file():
-            write_atomically(run / name, (folder / name).read_text(encoding="utf-8"))
+    if committed_in(folder) and (folder / RECIPE).is_file():
+        refuse_another_recipe(folder, recipe)
+        check_same_data(folder, data)
 
 
 def keep_identity(run: Path, recipe: Recipe) -> None:

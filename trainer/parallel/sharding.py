@@ -125,6 +125,10 @@ def world() -> Iterator[World]:
                 f"RANK and WORLD_SIZE are set, but the processes cannot meet ({reason}); start them with torchrun, or "
                 "unset the two variables"
             ) from None
+        except RuntimeError as error:
+            if _tells_of_an_end(error):
+                raise AnotherProcessEnded from None
+            raise
     else:
         # A store in memory: one process needs no port, and none is opened.
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -136,11 +140,17 @@ def world() -> Iterator[World]:
             # Leaving together: a process that is still in a collective when another has gone is aborted by gloo.
             dist.barrier()
     except RuntimeError as error:
-        if dist.get_world_size() > 1 and (isinstance(error, dist.DistError) or "by peer" in str(error)):
+        if dist.get_world_size() > 1 and _tells_of_an_end(error):
             raise AnotherProcessEnded from None
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _tells_of_an_end(error: RuntimeError) -> bool:
+    """Whether a backend says that it no longer reaches another process; gloo has no class of its own for that."""
+    reasons = ("by peer", "connectFullMesh failed", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(reason in str(error) for reason in reasons)
 
 
 def sharded_model(

@@ -49,7 +49,9 @@ def check_recipe(recipe: Recipe) -> None:
             f"evaluation.stop_after is {recipe.evaluation.stop_after} and evaluation.every 0, so there is nothing to "
             "stop by; set evaluation.every"
         )
-    if re.search(r"://[^/@]*:.*@", recipe.checkpoints.folder):
+    # A password may hold a slash; what follows a colon and is a number up to the first slash is a port.
+    port = r"(?:\[[^]]*\](?::\d+)?|[^/@:]*:\d+)(?:/|$)"
+    if re.search(rf"://(?!{port})[^/@]*:.*@", recipe.checkpoints.folder):
         raise TrainingError(
             "checkpoints.folder is a URL with a user and a password, which would be shown wherever the recipe is; give "
             "them in the environment or in fsspec's configuration instead"

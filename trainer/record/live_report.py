@@ -13,9 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.record.report import write_report
-
-_SECONDS_BETWEEN = 120.0
+from tilewright.trainer.record.report import SECONDS_BETWEEN_PAGES, write_report
 
 
 class LiveReport:
@@ -40,7 +38,7 @@ class LiveReport:
 
     def update(self) -> None:
         """Have the page written anew, if the last time is two minutes ago and that writing has come to its end."""
-        if self._clock() - self._written < _SECONDS_BETWEEN or (self._process and self._process.poll() is None):
+        if self._clock() - self._written < SECONDS_BETWEEN_PAGES or (self._process and self._process.poll() is None):
             return
         self._written = self._clock()
         try:

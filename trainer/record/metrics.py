@@ -172,17 +172,28 @@ class Metrics:
             self._send(finite, step)
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def read_metrics(
+    path: Path, *, lighten: Callable[[dict[str, Any]], None] = lambda line: None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training lines and the evaluation lines of a `metrics.jsonl`, of a run that may still be going on.
+
+    Args:
+        lighten: takes out of each training line, as it is read, what is not to be held for all steps at once.
 
     Raises:
         TrainingError: the file is missing or cannot be read.
     """
     if not path.is_file():
         raise TrainingError(f"there is no {path}; name a run directory in which a training run has recorded a step")
+    training, evaluations = [], []
     with _explained(path, "read"):
-        lines = list(_lines(path))
-    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
+        for line in _lines(path):
+            if "eval" in line:
+                evaluations.append(line)
+            else:
+                lighten(line)
+                training.append(line)
+    return training, evaluations
 
 
 def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:

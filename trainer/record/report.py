@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.record import page
+from tilewright.trainer.record.grad_norm_map import GradNorms
 from tilewright.trainer.record.metrics import METRICS, read_metrics
 from tilewright.trainer.record.quantities import duration, gigabytes, percent, short
 from tilewright.trainer.record.report_plots import plots
@@ -21,7 +24,10 @@ from tilewright.trainer.run_directory import RECIPE, SUMMARY
 
 REPORT = "report.html"
 _ENVIRONMENT = "environment.json"
+# A run that goes on writes its page at evaluations and checkpoints, where the last time is as long ago.
+SECONDS_BETWEEN_PAGES = 120.0
 _SECONDS_BETWEEN_READINGS = 30
+_RECENT = 50  # steps, which say how long one takes now
 
 
 def write_report(run_directory: Path, *, running: bool = False) -> Path:
@@ -49,13 +55,17 @@ class _Run:
     def __init__(self, folder: Path, *, running: bool) -> None:
         self.lacks: list[str] = []
         self.running = running
+        self.time = datetime.now(UTC)
         self.summary = self._mapping(folder / SUMMARY)
         self.environment = self._mapping(folder / _ENVIRONMENT)
         self.recipe = self._text(folder / RECIPE)
+        self.norms = GradNorms()
         self.training: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
+        self.last_recorded: datetime | None = None
         try:
-            self.training, self.evaluations = read_metrics(folder / METRICS)
+            self.last_recorded = _changed(folder / METRICS)
+            self.training, self.evaluations = read_metrics(folder / METRICS, lighten=self.norms.take)
         except TrainingError:
             self.lacks.append(METRICS)
         self.name = str(self.summary.get("name") or folder.resolve().name)
@@ -78,12 +88,36 @@ class _Run:
 
     def planned_steps(self) -> int | None:
         """The steps that the recipe wants."""
+        return self._positive("steps")
+
+    def seconds_per_step(self) -> float | None:
+        """What one took lately, evaluations and checkpoints apart."""
+        lines = [
+            (tokens, rate)
+            for line in self.training[-_RECENT:]
+            if (tokens := _number(line, "tokens")) and (rate := _number(line, "tokens_per_second"))
+        ]
+        took = [(tokens - before) / rate for (before, _), (tokens, rate) in pairwise(lines)]
+        return statistics.median(took) if took else None
+
+    def next_page(self) -> datetime | None:
+        """When a run that goes on writes its page again, by the pace of its steps; None where that is not known."""
+        every = [n for key in ("evaluation", "checkpoints") if (n := self._positive(key, "every"))]
+        seconds = self.seconds_per_step()
+        if not every or not seconds:
+            return None
+        between = min(every) * seconds
+        return self.time + timedelta(seconds=between * math.ceil(SECONDS_BETWEEN_PAGES / between))
+
+    def _positive(self, *keys: str) -> int | None:
+        """A number of the recipe, where it is one above 0."""
         try:
-            recipe = yaml.safe_load(self.recipe or "")
+            value = yaml.safe_load(self.recipe or "")
         except (yaml.YAMLError, ValueError):
             return None
-        steps = recipe.get("steps") if isinstance(recipe, dict) else None
-        return steps if isinstance(steps, int) and steps > 0 else None
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if isinstance(value, int) and value > 0 else None
 
     def bits_per_byte(self) -> float | None:
         """Of the held-out text, as the summary has it, else of the last evaluation's first set."""
@@ -137,10 +171,12 @@ def _header(run: _Run) -> str:
     facts = [
         f"{steps:,.0f}{of_all} steps" if steps is not None else None,
         f"{count}{model}" if model else None,
-        f"as of {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC" if run.running else run.environment.get("time"),
+        None if run.running else run.environment.get("time"),
     ]
     line = " · ".join(escape(str(fact)) for fact in facts if fact)
     note = page.progress((steps or 0) / planned) if run.running and planned else ""
+    if current := _how_current(run):
+        note += f'<p class="soft">{escape(current)}</p>'
     # A run that goes on has no summary yet.
     if lacks := [name for name in run.lacks if not (run.running and name == SUMMARY)]:
         missing = ", ".join(lacks)
@@ -151,6 +187,27 @@ def _header(run: _Run) -> str:
 <p class="soft">{line}</p>
 {note}
 </header>"""
+
+
+def _how_current(run: _Run) -> str:
+    """What tells a run that goes on from one that was killed, of which nothing can be written any more."""
+    if run.running:
+        following = run.next_page()
+        again = f"next around {_utc(following)}" if following else "next at an evaluation or a checkpoint"
+        return (
+            f"This page was last written at {_utc(run.time)}, {again}. Long after that, the run has ended without "
+            "being able to say so, or it stands still."
+        )
+    if SUMMARY not in run.lacks or run.last_recorded is None:
+        return ""
+    seconds = run.seconds_per_step()
+    pace = f"; a step takes {f'{seconds:.2g} s' if seconds < 10 else duration(seconds)}" if seconds else ""
+    ago = duration(max(0.0, (run.time - run.last_recorded).total_seconds()))
+    return f"Last recorded at {_utc(run.last_recorded)}, {ago} before this page was written{pace}."
+
+
+def _utc(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _headlines(run: _Run) -> Iterator[tuple[str, str, str]]:
@@ -182,7 +239,7 @@ def _headlines(run: _Run) -> Iterator[tuple[str, str, str]]:
 
 
 def _plots(run: _Run) -> str:
-    drawn = plots(run.training, run.evaluations, run.compressors)
+    drawn = plots(run.training, run.evaluations, run.compressors, run.norms)
     if not drawn:
         return '<p class="note">No step has been recorded, so there is nothing to plot.</p>'
     return page.plots(drawn)
@@ -204,6 +261,10 @@ def _recipe(run: _Run) -> str:
     if run.recipe is None:
         return ""
     return f'<section>\n<h2>Recipe</h2>\n<pre class="card">{escape(run.recipe)}</pre>\n</section>'
+
+
+def _changed(path: Path) -> datetime | None:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path.is_file() else None
 
 
 def _number(fields: Mapping[str, Any], key: str) -> float | None:

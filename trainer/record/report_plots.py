@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.trainer.record import grad_norm_map
+from tilewright.trainer.record.grad_norm_map import GradNorms
 from tilewright.trainer.record.plot import COLORS, INK, Plot, svg
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def plots(
     training: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
     compressors: Mapping[str, float],
+    norms: GradNorms,
 ) -> list[Plot]:
     """Every plot that there are figures for.
 
@@ -36,6 +39,7 @@ def plots(
         training: training lines, in order.
         evaluations: evaluation lines, in order.
         compressors: bits per byte of the same held-out text by the compressor's name, to be drawn as levels.
+        norms: of the gradient by block, taken from the training lines.
     """
     tokens = _column(training, "tokens")
     # A step that was profiled says nothing of the speed of the others.
@@ -63,6 +67,7 @@ def plots(
         _time_by_phase(timed, tokens),
         _memory(training, tokens),
         _curves("Gradient norm", "Before clipping.", tokens, {"": _column(training, "grad_norm")}, ""),
+        _norms_by_block(norms, tokens),
         _curves("Learning rate", "As each step used it.", tokens, {"": _column(training, "lr")}, ""),
     ]
     return [plot for plot in drawn if plot is not None]
@@ -183,6 +188,17 @@ def _memory(training: Sequence[Mapping[str, Any]], tokens: _Series) -> Plot | No
 
     caption = "Of the first process: by kind, and the most in use at once." if known else "The most in use at once."
     return Plot("Memory", caption, _svg("Memory", draw, tokens))
+
+
+def _norms_by_block(norms: GradNorms, tokens: _Series) -> Plot | None:
+    grid = norms.grid()
+    if grid is None:
+        return None
+    title = "Gradient norm by block"
+    caption = "The largest of each stretch: what explodes first is the first row to turn yellow."
+    if np.isinf(grid.cells).any():
+        caption += " Red: not finite."
+    return Plot(title, caption, _svg(title, lambda axes: grad_norm_map.draw(axes, grid), tokens))
 
 
 def _stack(axes: Axes, places: _Series, parts: Mapping[str, _Series], order: Mapping[str, int]) -> _Series:
