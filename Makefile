@@ -51,7 +51,7 @@ benchmark: setup
 # what came of it in one file. An hour or two; what breaks on the way is in the file too.
 GPU_RECORD := runs/benchmark-gpu
 benchmark-gpu: setup
-	@rm -rf $(GPU_RECORD) && mkdir -p $(GPU_RECORD)
+	@if [ -e $(GPU_RECORD) ]; then mv $(GPU_RECORD) $(GPU_RECORD)-$$(date -r $(GPU_RECORD) +%Y%m%d-%H%M%S); fi; mkdir -p $(GPU_RECORD)
 	@$(BIN)/tilewright benchmark tune --record $(GPU_RECORD)/tune.json \
 	  && { $(BIN)/tilewright benchmark run --suite all --device cuda --output $(GPU_RECORD)/measured.json; status=$$?; \
 	       $(BIN)/tilewright benchmark report $(GPU_RECORD)/measured.json --output $(GPU_RECORD)/report.html \

@@ -100,7 +100,7 @@ def attribute(workload: Workload, rounds: int, progress: Callable[[str, float], 
         progress: told what is going on, and what part of everything is done.
 
     Raises:
-        TrainingError: too few rounds.
+        TrainingError: too few rounds, or the step as it is is not finite.
     """
     check_rounds(rounds)
     replaced, untouched = replacements(workload)
@@ -214,6 +214,11 @@ def _first_steps(variants: dict[str, _Variant], compute_dtype: str, steps: Calla
     for name, variant in variants.items():
         steps(f"first step: {name}")
         result = variant.step()
+        if as_it_is is None and not result.stepped:
+            raise TrainingError(
+                f"{name} has loss {result.loss:.6g} and gradient norm {result.grad_norm:.6g}, so nothing can be compared "
+                "with it; take a recipe whose first step is finite, such as with compute_dtype bfloat16"
+            )
         as_it_is = as_it_is or result
         apart = disagreement(result, as_it_is, compute_dtype)
         if apart:

@@ -64,4 +64,5 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Sequence[Any], output_json: dict[str, Any]) -> None:
     session = config.stash.get(_SESSION, None)
     if session is not None:
-        output_json["tilewright_record"] = {"suite": config.getoption("suite"), **session.as_json()}
+        asked = {"suite": config.getoption("suite"), "only": sorted(config.getoption("only"))}
+        output_json["tilewright_record"] = {**asked, **session.as_json()}

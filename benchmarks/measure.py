@@ -94,9 +94,52 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(statistics.median(ordered), ordered[k - 1], ordered[count - k])
 
 
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
+# Of which the smallest and the largest enclose the true median often enough to be worth saying: 15 times of 16.
+LEAST_ROUNDS = 5
+
+
+def confidence_of(rounds: int) -> float:
+    """0.95, or what an interval over five rounds has."""
+    return 0.95 if rounds > LEAST_ROUNDS else 1 - 2 / 2**LEAST_ROUNDS
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], confidence: float = 0.95) -> Interval:
     """How many times longer one rival takes than another: the median of the ratios within each round."""
-    return median_interval([a / b for a, b in zip(numerator, denominator, strict=True)])
+    return median_interval([a / b for a, b in zip(numerator, denominator, strict=True)], confidence)
+
+
+def unpaired_ratio(numerator: Sequence[float], denominator: Sequence[float], confidence: float = 0.95) -> Interval:
+    """How many times longer one series of times is than another that was taken apart from it.
+
+    The median of all m · n ratios, and two of them between which the true factor lies with at least `confidence` if the
+    two differ by a factor and nothing else: the k-th smallest and the k-th largest, where the number of ratios on one
+    side is that of Mann and Whitney's U (Hodges and Lehmann's estimate; Hollander, Wolfe and Chicken, Nonparametric
+    Statistical Methods, 4.2 and 4.3, on logarithms).
+
+    Raises:
+        ValueError: there are too few values for any interval; for 95% there must be four and four.
+    """
+    ways = _mann_whitney(len(numerator), len(denominator))
+    k, outside = 0, 2 * ways[0] / sum(ways)
+    while outside <= 1 - confidence and k < len(ways) // 2:
+        k += 1
+        outside += 2 * ways[k] / sum(ways)
+    if k == 0:
+        counts = f"{len(numerator)} and {len(denominator)}"
+        raise ValueError(f"unpaired_ratio: there are {counts} values, too few for an interval of {confidence:.0%}")
+    ordered = sorted(a / b for a in numerator for b in denominator)
+    return Interval(statistics.median(ordered), ordered[k - 1], ordered[-k])
+
+
+def _mann_whitney(m: int, n: int) -> list[int]:
+    """In how many of the orders of m and n values U is 0, 1, …, m · n: the coefficients of the Gaussian binomial."""
+    ways = [1] + [0] * (m * n)
+    for i in range(1, n + 1):
+        for u in range(m * n, m + i - 1, -1):  # · (1 − q^(m + i))
+            ways[u] -= ways[u - m - i]
+        for u in range(i, m * n + 1):  # ÷ (1 − q^i)
+            ways[u] += ways[u - i]
+    return ways
 
 
 class Step(Protocol):

@@ -21,7 +21,10 @@ DEFINITIONS = {
     "interval_seconds": "the order statistics of the rounds that hold their median with 95% confidence (binomial)",
     "rounds": "how often every provider of the case was timed; in each round all of them, in an order drawn anew; "
     "`stats.data` holds the seconds of each round, so those of one case can be compared in pairs",
-    "copies": "sets of inputs that a round goes through, so that each finds the cache cold",
+    "copies": "sets of inputs that a round goes through, so that each finds the cache cold: as many "
+    "as memory and time allow",
+    "cold": "whether the sets of inputs together are known to be twice the last cache or more; where not, they may be "
+    "read from the cache, bytes_per_second is no bandwidth of memory, and `note` says so",
     "pass": "forward: with a gradient asked for, where the op has one, so what is saved or computed ahead for the "
     "backward pass is in it; backward: of all inputs that take a gradient; both: one after the other",
     "provider": "ours: what `tilewright.kernels` runs on this device, which `implementation` names; torch eager: the "

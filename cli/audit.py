@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = 200  # a file has no width of its own
     audit = auditing.audit(arguments.ops, _chips(arguments.chips), console)
-    _compare_with_libraries(audit, arguments, console)
+    alone = _compare_with_libraries(audit, arguments, console)
     verdicts = bars.verdicts(audit)
     audit["bars"] = [
         {
@@ -81,7 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(table.compiled_table(audit), table.traffic_table(audit))
     _list(console, "Could not be audited", table.error_lines(audit["errors"]))
     console.print(table.bars_table(verdicts))
-    failed = bool(audit["errors"]) or any(verdict.met is False for verdict in verdicts)
+    _list(console, "Compared with nothing", (f"{library} has no row beside ours" for library in alone))
+    failed = bool(audit["errors"]) or bool(alone) or any(verdict.met is False for verdict in verdicts)
     directory = arguments.baseline or BENCHMARKS / "baselines"
     if arguments.accept:
         console.print(f"accepted: {baseline.accept(audit, directory, arguments.why)}", markup=False)
@@ -103,6 +105,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for file in (arguments.json, arguments.page):
         if file is not None and not file.absolute().parent.is_dir():
             raise TrainingError(f"{file}: the directory {file.absolute().parent} does not exist; make it first")
+        if file is not None and file.is_dir():
+            raise TrainingError(f"{file} is a directory; name a file in it")
+        if file is not None and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            raise TrainingError(f"{file} cannot be written; name a file that can, or change its permissions")
     if arguments.against:
         from tilewright.benchmarks.audit import peers
 
@@ -117,15 +123,24 @@ def _chips(text: str) -> list[int]:
         raise TrainingError(f"--chips {text}: it must be generations with commas between, such as 80,90") from None
 
 
-def _compare_with_libraries(audit: dict[str, Any], arguments: argparse.Namespace, console: Console) -> None:
+def _compare_with_libraries(audit: dict[str, Any], arguments: argparse.Namespace, console: Console) -> list[str]:
+    """Add the comparison to the audit, list what a library's errors leave out of it, and return the libraries of which
+    nothing could be compared."""
     if not arguments.against:
-        return
-    from tilewright.benchmarks.audit import peers
+        return []
+    from tilewright.benchmarks.audit import peers, table
 
-    audit["comparison"] = []
+    audit["comparison"], alone = [], []
     for library in arguments.against:
         theirs = peers.audit(library, arguments.ops, _chips(arguments.chips), console)
-        audit["comparison"] += peers.compare(audit, theirs)
+        rows = peers.compare(audit, theirs)
+        audit["comparison"] += rows
+        if not rows:
+            alone.append(library)
+        _list(
+            console, f"Left out of the comparison: launches of {library} that fail", table.error_lines(theirs["errors"])
+        )
+    return alone
 
 
 def _write(audit: dict[str, Any], arguments: argparse.Namespace) -> None:

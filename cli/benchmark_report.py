@@ -79,7 +79,7 @@ def _attribution(arguments: argparse.Namespace, content: Mapping[str, Any]) -> i
 
 
 def _compare(new: Record, base: Record, above: float | None) -> int:
-    from tilewright.benchmarks.report.ratios import changes, lost
+    from tilewright.benchmarks.report.ratios import changes, gone, lost
 
     found = [change for change in changes(new, base) if change.new.is_ours]
     if above is None:
@@ -95,11 +95,14 @@ def _compare(new: Record, base: Record, above: float | None) -> int:
     refused = [absence for absence in lost(new, base) if absence.provider.startswith("ours")]
     for absence in refused:
         print(f"worse: {' '.join(absence[:3])}, {absence.provider}: has no time any more: {absence.reason}")
-    missing = sum(row.is_ours for row in base.rows) - len(found)
-    if missing:
-        print(f"not compared: {missing} rows of ours in {base.path.name} that {new.path.name} lacks")
+    missing = [row for row in gone(new, base) if row.is_ours]
+    same = new.asked is not None and new.asked == base.asked
+    for row in missing if same else ():
+        print(f"worse: {row.case}, {row.provider}: is gone, though both records are of the same suite")
+    if missing and not same:
+        print(f"not compared: {len(missing)} rows of ours in {base.path.name} that {new.path.name} lacks")
     print(f"{len(worse)} of {len(found)} rows of ours are worse than in {base.path.name} by more than {above:.2%}")
-    return 1 if worse or refused else 0
+    return 1 if worse or refused or (missing and same) else 0
 
 
 def _share(text: str) -> float:

@@ -77,6 +77,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from tilewright.benchmarks.summary import summary
 
     out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 200  # for a file or a pipe
     for part in summary(record):
         out.print(part)
     for name, reason in failures.items():

@@ -194,7 +194,7 @@ def floors(specs: Iterable[OpSpec], chips: Iterable[int], found: Audit) -> Itera
                     }
                     bound = max(seconds, key=lambda kind: seconds[kind])
                     where = dict(zip(("op", "sample", "chip", "pass"), place, strict=True))
-                    yield {**where, "microseconds": round(seconds[bound] * 1e6, 3), "bound": bound}
+                    yield {**where, "predicted_microseconds": round(seconds[bound] * 1e6, 3), "bound": bound}
 
 
 def _products(found: Audit) -> dict[tuple[str, str, int], dict[str, list[str]]]:

@@ -1,7 +1,8 @@
 """The last accepted audit of each triton version, which the next one must not fall behind.
 
 ``benchmarks/baselines/triton-3.7.json`` holds the figures that are compared: of every launch its spills, stack,
-occupancy and classes of instructions, of every pass its ratios; samples with the same figures share a line.
+occupancy, share of 128-bit accesses and classes of instructions, of every pass its ratios; samples with the same
+figures share a line.
 ``CHANGELOG.md`` beside it says of each accepted audit why.
 """
 
@@ -70,10 +71,12 @@ def _compiled(kernel: Mapping[str, Any]) -> Figures:
     classes = {*kernel["tensor_cores"], *(f"{name} in the loop" for name in _in_loop(kernel))}
     if kernel["wide_accesses"]:
         classes.add("128-bit accesses")
+    accesses = kernel["global_accesses"]
     return {
         "spills": kernel["spill_loads"] + kernel["spill_stores"],
         "stack": kernel["stack_bytes"],
         "occupancy": round(kernel["occupancy"], 4),
+        "wide_share": round(kernel["wide_accesses"] / accesses, 4) if accesses else None,
         "classes": sorted(classes),
     }
 
@@ -89,6 +92,7 @@ def _worst(one: Figures, other: Figures) -> Figures:
         "spills": max(one["spills"], other["spills"]),
         "stack": max(one["stack"], other["stack"]),
         "occupancy": min(one["occupancy"], other["occupancy"]),
+        "wide_share": min((x["wide_share"] for x in (one, other) if x["wide_share"] is not None), default=None),
         "classes": sorted(set(one["classes"]) & set(other["classes"])),
     }
 
@@ -135,6 +139,8 @@ def compare(audit: Audit, accepted: Mapping[Place, Figures]) -> Comparison:
 def _changes(before: Figures, now: Figures) -> Iterable[tuple[str, bool]]:
     """What differs, and whether for the worse."""
     for name in before.keys() | now.keys():
+        if name == "wide_share" and (before.get(name) is None or now.get(name) is None):
+            continue  # audits accepted before it was kept have none, nor has a kernel without global accesses
         was, is_now = before.get(name), now.get(name)
         if name == "classes":
             yield from ((f"no {kind} any more", True) for kind in was or [] if kind not in (is_now or []))
@@ -142,13 +148,14 @@ def _changes(before: Figures, now: Figures) -> Iterable[tuple[str, bool]]:
         elif is_now is None or was is None:
             if is_now is not was:
                 yield f"{_called(name)} was {was} and is {is_now}", is_now is None
-        elif abs(is_now - was) > (_RATIO_ALLOWANCE if name.endswith("ratio") else 0):
-            falls_behind = is_now < was if name == "occupancy" else is_now > was
+        elif abs(is_now - was) > (_RATIO_ALLOWANCE if name.endswith(("ratio", "share")) else 0):
+            falls_behind = is_now < was if name in ("occupancy", "wide_share") else is_now > was
             yield f"{_called(name)} {'rose' if is_now > was else 'fell'} from {was} to {is_now}", falls_behind
 
 
 def _called(name: str) -> str:
     names = {"byte_ratio": "bytes issued ÷ compulsory", "flop_ratio": "FLOPs issued ÷ required"}
+    names["wide_share"] = "share of 128-bit accesses"
     return names.get(name, name)
 
 

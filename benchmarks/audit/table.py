@@ -16,8 +16,9 @@ Row = dict[str, Any]
 def compiled_table(audit: Audit) -> Table:
     """A line for each op, pass, kernel and chip; of its shapes the worst figure."""
     table = Table("op", "pass", "kernel", "chip", title="Compiled: the worst over the shapes", title_justify="left")
-    for name in ("kernels", "registers", "spills", "stack", "shared KiB", "occupancy", "128-bit", "tensor cores"):
+    for name in ("kernels", "registers", "spills", "stack", "shared KiB", "blocks/SM", "occupancy", "128-bit"):
         table.add_column(name, justify="right")
+    table.add_column("tensor-core instructions", justify="right")
     table.add_column("compile s", justify="right")
     for (op, part, name, chip), kernels in _grouped(audit).items():
         table.add_row(
@@ -30,9 +31,10 @@ def compiled_table(audit: Audit) -> Table:
             str(_most(kernels, lambda k: k["spill_loads"] + k["spill_stores"])),
             str(_most(kernels, lambda k: k["stack_bytes"])),
             f"{_most(kernels, lambda k: k['shared_bytes']) / 1024:.0f}",
+            str(min(k["blocks_per_processor"] for k in kernels)),
             f"{min(k['occupancy'] for k in kernels):.0%}",
             _least_wide(kernels),
-            ", ".join(sorted({kind for k in kernels for kind in k["tensor_cores"]})),
+            _tensor_cores(kernels),
             f"{sum(k['compile_seconds'] for k in kernels):.1f}",
         )
     return table
@@ -51,6 +53,12 @@ def _most(kernels: Iterable[Row], figure: Callable[[Row], int]) -> int:
     return max(map(figure, kernels))
 
 
+def _tensor_cores(kernels: list[Row]) -> str:
+    """The fewest instructions of each kind."""
+    kinds = sorted({kind for k in kernels for kind in k["tensor_cores"]})
+    return ", ".join(f"{min(k['tensor_cores'].get(kind, 0) for k in kernels)} {kind}" for kind in kinds)
+
+
 def _least_wide(kernels: Iterable[Row]) -> str:
     shares = [k["wide_accesses"] / k["global_accesses"] for k in kernels if k["global_accesses"]]
     return f"{min(shares):.0%}" if shares else "—"
@@ -65,7 +73,7 @@ def traffic_table(audit: Audit) -> Table:
     table.add_column("note", overflow="fold")
     floors: dict[tuple[str, str, int], list[float]] = {}
     for row in audit["floors"]:
-        floors.setdefault((row["op"], row["pass"], row["chip"]), []).append(row["microseconds"])
+        floors.setdefault((row["op"], row["pass"], row["chip"]), []).append(row["predicted_microseconds"])
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in audit["traffic"]:
         groups.setdefault((row["op"], row["pass"], row["chip"]), []).append(row)

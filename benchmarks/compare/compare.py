@@ -25,7 +25,7 @@ from rich.table import Table
 from tilewright.benchmarks.compare.prepare import CLONE, peers_python, prepare
 from tilewright.benchmarks.compare.providers import PROVIDERS, Provider
 from tilewright.benchmarks.compare.shapes import SHAPES, Shape
-from tilewright.benchmarks.measure import median_interval
+from tilewright.benchmarks.measure import LEAST_ROUNDS, confidence_of, median_interval
 from tilewright.benchmarks.record import environment
 from tilewright.trainer.errors import TrainingError
 
@@ -58,10 +58,24 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(highlight=False)
     try:
+        _check(arguments)
         sys.exit(compare(arguments, console))
     except TrainingError as error:
         print(f"compare: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    least = WARM_UP + 1
+    if arguments.rounds < LEAST_ROUNDS:
+        raise TrainingError(
+            f"--rounds is {arguments.rounds}, of which no interval can be made; at least {LEAST_ROUNDS}"
+        )
+    if not least <= arguments.short_steps <= arguments.steps:
+        raise TrainingError(
+            f"--short-steps is {arguments.short_steps} and --steps {arguments.steps}; the first {WARM_UP} of a round "
+            f"are not counted, so they must be at least {least}, and --short-steps at most --steps"
+        )
 
 
 def compare(arguments: argparse.Namespace, console: Console) -> int:
@@ -91,8 +105,10 @@ def compare(arguments: argparse.Namespace, console: Console) -> int:
     verdicts = judge(runs)
     for holds, sentence in verdicts:
         console.print(f"{'holds' if holds else 'FAILS'}  {sentence}")
+    if not verdicts:
+        console.print(f"no bar was judged: that takes {OURS} and a peer; name both with --only, or leave it out")
     console.print(f"record {arguments.json}")
-    return 0 if all(holds for holds, _ in verdicts) else 1
+    return 0 if verdicts and all(holds for holds, _ in verdicts) else 1
 
 
 def run_once(run: Runs, provider: Provider, python: Path, folder: Path, shape: Shape, steps: int) -> None:
@@ -124,12 +140,14 @@ def best_peer(runs: dict[str, Runs]) -> str | None:
 
 def table(runs: dict[str, Runs]) -> Table:
     """One row for each provider."""
-    shown = Table("provider", "tokens/s (95%)", "÷ best peer (95%)", "peak RSS", "first step", "loss 1", "last loss")
+    confidence = confidence_of(len(next(iter(runs.values())).tokens_per_second))
+    rates = (f"{figure} ({100 * confidence:.3g}%)" for figure in ("tokens/s", "÷ best peer"))
+    shown = Table("provider", *rates, "peak RSS", "first step", "loss 1", "last loss")
     shown.columns[0].no_wrap = True
     best = best_peer(runs)
     for name, run in runs.items():
-        rate = median_interval(run.tokens_per_second)
-        ratio = median_interval(ratios(run, runs[best])) if best else None
+        rate = median_interval(run.tokens_per_second, confidence)
+        ratio = median_interval(ratios(run, runs[best]), confidence) if best else None
         shown.add_row(
             name,
             f"{rate.median:,.0f} ({rate.low:,.0f} to {rate.high:,.0f})",

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.nn import LinearCrossEntropyOptions
 
 from tilewright.benchmarks.allocations import peak_bytes
-from tilewright.benchmarks.measure import interleaved, median_interval, paired_ratio
+from tilewright.benchmarks.measure import LEAST_ROUNDS, confidence_of, interleaved, median_interval, paired_ratio
 from tilewright.kernels import linear_cross_entropy
 
 TOKENS, WIDTH, CLASSES = 4096, 1024, (32000, 131072)
@@ -50,13 +50,17 @@ def main() -> None:
     """Measure and print; exit status 1 where a bar does not hold."""
     parser = argparse.ArgumentParser(prog="make compare-loss")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], help="float32 takes half an hour more")
+    dtypes, help = ("bfloat16", "float32"), "float32 takes half an hour more"
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["bfloat16"], help=help)
+    parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
     arguments = parser.parse_args()
+    if arguments.rounds < LEAST_ROUNDS:
+        parser.error(f"--rounds is {arguments.rounds}, of which no interval can be made; at least {LEAST_ROUNDS}")
     console = Console(highlight=False)
     holds = [
         compare(classes, getattr(torch, dtype), arguments.rounds, console)
         for dtype in arguments.dtypes
-        for classes in CLASSES
+        for classes in arguments.classes
     ]
     sys.exit(0 if all(holds) else 1)
 
@@ -77,11 +81,14 @@ def compare(classes: int, dtype: torch.dtype, rounds: int, console: Console) -> 
     _check(errors)
     memory = {name: peak_bytes(call, hidden.device) for name, call in steps.items()}
     seconds = interleaved(steps, rounds)
-    table = Table("provider", "seconds (95%)", "÷ ours (95%)", "peak memory", "÷ eager", "loss off by")
+    confidence = confidence_of(rounds)
+    times = (f"{figure} ({100 * confidence:.3g}%)" for figure in ("seconds", "÷ ours"))
+    table = Table("provider", *times, "peak memory", "÷ eager", "loss off by")
     table.title = f"{dtype}, {classes:,} classes"
     table.columns[0].no_wrap = True
     for name in steps:
-        time, ratio = median_interval(seconds[name]), paired_ratio(seconds[name], seconds[OURS])
+        time = median_interval(seconds[name], confidence)
+        ratio = paired_ratio(seconds[name], seconds[OURS], confidence)
         table.add_row(
             name,
             f"{time.median:.2f} ({time.low:.2f} to {time.high:.2f})",
@@ -92,7 +99,7 @@ def compare(classes: int, dtype: torch.dtype, rounds: int, console: Console) -> 
         )
     console.print(table)
     fastest = min((name for name in steps if name != OURS), key=lambda name: statistics.median(seconds[name]))
-    fast = paired_ratio(seconds[OURS], seconds[fastest])
+    fast = paired_ratio(seconds[OURS], seconds[fastest], confidence)
     small = memory[OURS] / memory[EAGER] <= MEMORY_BAR
     console.print(f"{'holds' if small else 'FAILS'}  {memory[OURS] / memory[EAGER]:.2f} of eager's memory")
     console.print(f"{'holds' if fast.median <= 1 else 'FAILS'}  {fast.median:.2f} of the time of {fastest}")

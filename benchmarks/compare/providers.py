@@ -1,7 +1,7 @@
 """Who is compared: one line each.
 
 A provider is a script of this folder and its options. It runs in Tilewright's own environment, or in that of the
-peers, which ``make compare`` builds from `requirements`. It prints what `step_log.StepLog` prints, and nothing else of
+peers, which ``make compare`` builds from `REQUIREMENTS`. It prints what `step_log.StepLog` prints, and nothing else of
 it is known here.
 """
 

@@ -2,7 +2,7 @@
 
     python train_tilewright.py FOLDER STEPS
 
-FOLDER holds `shape.json`, `tokens.npy` (steps, sequences, length + 1) and `settings.json`, as `compare.py` prepares it.
+FOLDER holds `model.json`, `tokens.npy` (steps, sequences, length + 1) and `settings.json`, as `compare.py` prepares it.
 """
 
 from __future__ import annotations

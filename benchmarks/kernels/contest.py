@@ -24,6 +24,7 @@ from tilewright.kernels.opspec import OpSpec, Sample
 # A CPU's cache is small, but a shared one: so many sets of inputs at most, and so much memory for all that they hold.
 _MOST_COPIES = 256
 _CPU_BUFFERS_BYTES = 2**30
+_NOT_COLD = "cache not cold: its GB/s are not those of memory"
 
 
 @dataclass
@@ -287,7 +288,8 @@ def _time(
     # Whoever is slow has been called three times by now; graphs and other copies have not.
     warm_up = 0 if copies == 1 and device.type == "cpu" else 1
     rounds = measure.in_rounds(measurements, seconds=seconds, least=least, warm_up=warm_up)
-    cold = copies * sum(x.nbytes for x in shared.tensors.values()) >= 2 * cache
+    # Where the cache's size is unknown, nothing says that it was cold.
+    cold = 0 < 2 * cache <= copies * sum(x.nbytes for x in shared.tensors.values())
     work = case.spec.work(shared)
     for name, outcome in outcomes.items():
         outcome.rounds = rounds.get(name, {})
@@ -295,7 +297,8 @@ def _time(
             columns = outcome.columns[pass_name]
             columns |= {key: value[pass_name] for key, value in columns.items() if isinstance(value, dict)}
             columns |= record.timing(taken, getattr(work, pass_name), case.dtype, device_peaks, cold=cold)
-            columns |= {"copies": copies, "method": methods[name]}
+            columns |= {"copies": copies, "cold": cold, "method": methods[name]}
+            columns["note"] = "; ".join(filter(None, (columns["note"], "" if cold else _NOT_COLD)))
 
 
 def _copies(cache: int, input_bytes: int, held_bytes: int, device: torch.device) -> int:

@@ -25,9 +25,6 @@ _LENGTHS = {"quick": (1.0, 6)}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     suite, only = (metafunc.config.getoption(name) for name in ("suite", "only"))
     device, quick = device_of(metafunc.config.getoption("device")), suite == "quick"
-    chosen = (
-        {} if suite == "training" else {str(c): c for c in cases(device, dtypes_of(device, quick=quick), quick=quick)}
-    )
     chosen = {
         str(case): case
         for case in cases(device, dtypes_of(device, quick=quick), quick=quick)

@@ -252,10 +252,12 @@ def _launch_row(row: _Row, kernel: _Row) -> list[str | Cell]:
 
 
 def _floors(audit: _Row) -> str:
-    floors = [row for row in audit["floors"] if row.get("microseconds") is not None]
+    floors = [row for row in audit["floors"] if row.get("predicted_microseconds") is not None]
     ops = dict.fromkeys(row["op"] for row in floors)
     drawn = [_floor_plot(op, [row for row in floors if row["op"] == op]) for op in ops]
-    rows = ([*place(row), Cell(seconds(1e-6 * row["microseconds"])), row.get("bound") or ""] for row in floors)
+    rows = (
+        [*place(row), Cell(seconds(1e-6 * row["predicted_microseconds"])), row.get("bound") or ""] for row in floors
+    )
     return section(
         "The roofline floor, predicted",
         soft(
@@ -275,7 +277,7 @@ def _floor_plot(op: str, rows: Sequence[_Row]) -> Plot:
     for color, chip in enumerate(chips):
         for line, name in zip(_LINES, _PASSES, strict=True):
             if of := [row for row in rows if (row["chip"], row["pass"]) == (chip, name)]:
-                points = _worst((shape_of(row), row["microseconds"]) for row in of)
+                points = _worst((shape_of(row), row["predicted_microseconds"]) for row in of)
                 curves.append(Curve(f"{name}, {chip_name(chip)}", points, color, line))
     return over_shapes(f"{op}: floor, predicted", "The slowest of all options.", curves, "µs, predicted")
 

@@ -310,8 +310,8 @@ def _floors(new: Record, audit: Mapping[str, Any] | None) -> dict[Case, float]:
     if audit is None or new.chip is None:
         return {}
     return {
-        Case(str(row["op"]), str(row["sample"]), dtype, str(row["pass"])): 1e-6 * float(row["microseconds"])
+        Case(str(row["op"]), str(row["sample"]), dtype, str(row["pass"])): 1e-6 * float(row["predicted_microseconds"])
         for row in audit.get("floors", [])
-        if row.get("chip") == new.chip and row.get("microseconds") is not None
+        if row.get("chip") == new.chip and row.get("predicted_microseconds") is not None
         for dtype in ("bfloat16", "torch.bfloat16")
     }

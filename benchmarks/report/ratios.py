@@ -1,15 +1,15 @@
 """Ratios of times and of memory, with the interval that the rounds leave open.
 
 Within one run the providers of a case take turns, so that what slows the machine for a while slows both: the ratio is
-taken round by round (`measure.paired_ratio`). Between two runs nothing is paired, and the ratio has the interval that
-those of its two medians leave.
+taken round by round (`measure.paired_ratio`). Between two runs nothing is paired: every round of one is compared with
+every round of the other (`measure.unpaired_ratio`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from tilewright.benchmarks.measure import paired_ratio
+from tilewright.benchmarks.measure import paired_ratio, unpaired_ratio
 from tilewright.benchmarks.report.plots import Point
 from tilewright.benchmarks.report.records import Absence, Record, Row
 
@@ -19,18 +19,22 @@ _LEAST_ROUNDS = 6
 METHOD = (
     "A provider is compared with ours, and torch.compile with ours compiled where that was measured. "
     "Within one run the providers of a case take turns: the ratio of two times is the median of the ratios of each "
-    "round, its interval the 95% order-statistic interval of that median, which assumes no distribution. Where rounds "
-    f"were not kept or are fewer than {_LEAST_ROUNDS}, and between two runs, it is the ratio of the medians, and its "
-    "interval goes from one median's lower end over the other's upper end to the reverse, which holds the ratio more "
-    "often than 95%. What differs between two runs but not within one, no such interval can know. Peak memory is "
-    "counted, not sampled, and has no interval. Green or red: the whole interval lies on that side."
+    "round, its interval the 95% order-statistic interval of that median, which assumes no distribution. Between two "
+    "runs it is the median of the ratios of every round of one to every round of the other, its interval that of Mann "
+    "and Whitney's test (95%, which assumes that the two differ by a factor). Where rounds were not kept or are fewer "
+    f"than {_LEAST_ROUNDS}, it is the ratio of the medians, and its interval goes from one median's lower end over the "
+    "other's upper end to the reverse. What differs between two runs but not within one, no such interval can know. "
+    "Peak memory is counted, not sampled, and has no interval. Green or red: the whole interval lies on that side."
 )
 
 
 def time_ratio(row: Row, other: Row, *, same_run: bool) -> Point:
     """`row`'s time over `other`'s."""
-    if same_run and len(row.rounds) == len(other.rounds) >= _LEAST_ROUNDS and min(other.rounds) > 0:
-        return Point(*paired_ratio(row.rounds, other.rounds))
+    if min(len(row.rounds), len(other.rounds)) >= _LEAST_ROUNDS and min(other.rounds) > 0:
+        if not same_run:
+            return Point(*unpaired_ratio(row.rounds, other.rounds))
+        if len(row.rounds) == len(other.rounds):
+            return Point(*paired_ratio(row.rounds, other.rounds))
     mine, theirs = row.seconds, other.seconds
     return Point(mine.value / theirs.value, mine.low / theirs.high, mine.high / theirs.low)
 
@@ -67,6 +71,18 @@ def changes(new: Record, base: Record) -> list[Change]:
         Change(row, before, time_ratio(row, before, same_run=False), memory_ratio(row, before))
         for row in new.rows
         if (before := earlier.get((row.case, row.provider))) is not None
+    ]
+
+
+def gone(new: Record, base: Record) -> list[Row]:
+    """Rows that `base` has and `new` has not, though it neither refused them a time nor left them out."""
+    there = {(row.case, row.provider) for row in new.rows}
+    told = {absence[:4] for absence in (*new.refused, *new.left_out)}
+    return [
+        row
+        for row in base.rows
+        if (row.case, row.provider) not in there
+        and (row.case.op, row.case.shape, row.case.dtype, row.provider) not in told
     ]
 
 

@@ -79,6 +79,7 @@ class Record:
         definitions: what the derived figures mean.
         refused: what failed, or computed something else, and was not timed.
         left_out: what is not there or lacks something.
+        asked: for which suite, and of its kernels for which alone; None where the record does not say.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Record:
     definitions: Mapping[str, str]
     refused: tuple[Absence, ...] = ()
     left_out: tuple[Absence, ...] = ()
+    asked: tuple[str, tuple[str, ...]] | None = None
 
     @property
     def device(self) -> str:
@@ -186,6 +188,7 @@ def parsed(content: Any, path: Path) -> Record:
         definitions={str(name): str(text) for name, text in _mapping(ours, "definitions").items()},
         refused=_absences(ours, "refused"),
         left_out=_absences(ours, "left_out"),
+        asked=(str(ours["suite"]), tuple(map(str, ours["only"]))) if {"suite", "only"} <= ours.keys() else None,
     )
 
 

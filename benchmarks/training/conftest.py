@@ -11,6 +11,7 @@ DEFINITIONS = {
     "takes it, on random ids at learning rate 0, so that every step is the same step; `median_seconds` is of one step",
     "training step: provider": "ours: the blocks and the loss eager; ours compiled: through torch.compile, as the "
     "trainer runs them by default",
+    "training step: checkpointing": "the mode of activation checkpointing, as recipes name it",
     "tokens_per_second": "tokens of a step over all processes ÷ median_seconds",
     "training step: flops_per_second": "required FLOPs of a step (ModelConfig.flops_per_token) ÷ median_seconds; what "
     "checkpointing computes again is not counted",

@@ -6,7 +6,7 @@ The settings of a place vary one thing at a time; all of a place are timed in th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -15,11 +15,16 @@ from tilewright.trainer.recipe import Batch, Data, Optimizer, Recipe
 
 
 class Setting(NamedTuple):
-    """How a process takes its part of a step: `micro_batch` sequences at a time, `accumulation` times."""
+    """How a process takes its part of a step: `micro_batch` sequences at a time, `accumulation` times.
+
+    Attributes:
+        checkpointing: the mode of `tilewright.trainer.recipe.ActivationCheckpointing`. Each mode of a place has a model
+            of its own; ``budget`` is the compiler's setting for all of a process, so it shares a place with no other.
+    """
 
     micro_batch: int
     accumulation: int = 1
-    checkpointing: bool = False
+    checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     compile: bool = False
 
     @property
@@ -28,7 +33,7 @@ class Setting(NamedTuple):
         return self.micro_batch * self.accumulation
 
     def __str__(self) -> str:
-        again = ", activations checkpointed" if self.checkpointing else ""
+        again = "" if self.checkpointing == "none" else f", activation checkpointing {self.checkpointing}"
         return f"micro-batch {self.micro_batch}, accumulation {self.accumulation}{again}"
 
 
@@ -43,6 +48,11 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         return f"{self.model}, {self.sequence_length} tokens, {processes}"
+
+    @property
+    def modes(self) -> list[str]:
+        """Of activation checkpointing, each of which has a model in memory."""
+        return list(dict.fromkeys(setting.checkpointing for setting in self.settings))
 
     @property
     def config(self) -> ModelConfig:
@@ -92,14 +102,18 @@ def places(device_type: str, most_processes: int, *, quick: bool) -> Iterator[Pl
     """
     worlds = [size for size in (1, 2, 4, 8) if size <= most_processes]
     if quick:
-        settings = (Setting(4), Setting(2, 2), Setting(4, checkpointing=True), Setting(4, compile=True))
+        settings = (Setting(4), Setting(2, 2), Setting(4, checkpointing="full"), Setting(4, compile=True))
         yield Place("1M", 256, 1, settings)
         yield from (Place("1M", 256, size, (Setting(2), Setting(1, 2))) for size in worlds[1:2])
         return
     shapes = _CUDA_SHAPES if device_type == "cuda" else _CPU_SHAPES
     for model, sequence_length, micro_batch in shapes:
         for size in worlds:
-            yield Place(model, sequence_length, size, _around(micro_batch))
+            # On a GPU, whose memory two models may not share, each mode of checkpointing is a place of its own.
+            around = _around(micro_batch)
+            for modes in [_MODES] if device_type == "cpu" else [[mode] for mode in _MODES]:
+                yield Place(model, sequence_length, size, tuple(s for s in around if s.checkpointing in modes))
+            yield Place(model, sequence_length, size, (Setting(micro_batch, checkpointing="budget", compile=True),))
             if micro_batch > 1:
                 # Apart: after a second size of micro-batch Dynamo would compile for any size, which no run needs.
                 half = Setting(micro_batch // 2, compile=True)
@@ -111,6 +125,7 @@ _CPU_SHAPES = (("10M", 256, 4), ("42M", 512, 4), ("10M", 1024, 2))
 _CUDA_SHAPES = (
     ("135M", 2048, 8), ("135M", 8192, 2), ("1B", 2048, 4), ("1B", 8192, 1), ("1B", 32768, 1), ("8B", 8192, 1),
 )  # fmt: skip
+_MODES = ["none", "selective", "full"]
 
 
 def _around(micro_batch: int) -> tuple[Setting, ...]:
@@ -119,8 +134,9 @@ def _around(micro_batch: int) -> tuple[Setting, ...]:
         base,
         base._replace(compile=False),
         base._replace(accumulation=2),
-        base._replace(checkpointing=True),
-        base._replace(checkpointing=True, compile=False),
+        base._replace(checkpointing="selective"),
+        base._replace(checkpointing="full"),
+        base._replace(checkpointing="full", compile=False),
     )
 
 

@@ -1,7 +1,7 @@
 """The steps of one place (`grid.py`), measured in processes of their own, so that nothing is left over from another.
 
-One model serves all settings: ``torch.compiler.set_stance`` runs its compiled blocks eagerly, and checkpointing is put
-around the blocks and taken off again.
+One model serves all settings of a mode of activation checkpointing: ``torch.compiler.set_stance`` runs its compiled
+blocks eagerly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,10 +25,11 @@ from tilewright.benchmarks.allocations import peak_bytes
 from tilewright.benchmarks.measure import interleaved
 from tilewright.benchmarks.peaks import measured_peaks, name_of
 from tilewright.benchmarks.training.grid import Place, Setting
-from tilewright.benchmarks.training.workload import Workload, disagreement, recomputed
+from tilewright.benchmarks.training.workload import Workload, disagreement
 from tilewright.cli.clone import command_of
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.parallel.sharding import World, world
+from tilewright.trainer.recipe import ActivationCheckpointing
 from tilewright.trainer.step import StepResult
 
 WARM_UP = 2
@@ -93,13 +94,18 @@ def main() -> None:
 def measure_here(place: Place, processes: World, rounds: int) -> list[Measured]:
     """Measure all settings of a place, `rounds` times each, on these processes."""
     recipe = place.recipe
-    workload = Workload.of(recipe, processes)
     rows = {str(number): Measured(setting) for number, setting in enumerate(place.settings)}
-    runs = {name: _Run(workload, row.setting) for name, row in rows.items()}
+    workloads: dict[str, Workload] = {}
+    for setting in place.settings:
+        mode = setting.checkpointing
+        if mode not in workloads:
+            with_mode = replace(recipe, activation_checkpointing=ActivationCheckpointing(mode))
+            workloads[mode] = Workload.of(with_mode, processes)
+    runs = {name: _Run(workloads[row.setting.checkpointing], row.setting) for name, row in rows.items()}
     first_seconds = _first_steps(rows, runs, recipe.compute_dtype)
     kept = {name: run for name, run in runs.items() if not rows[name].refused}
     for name, run in kept.items():
-        (everywhere,) = processes.sum(workload.state_bytes() + peak_bytes(run.step, processes.device))
+        (everywhere,) = processes.sum(run.workload.state_bytes() + peak_bytes(run.step, processes.device))
         rows[name].peak_memory_bytes = round(everywhere / processes.size)
     peak = _matmul_peak(processes, getattr(torch, recipe.compute_dtype))
     for name, seconds in interleaved({name: run.step for name, run in kept.items()}, rounds).items():
@@ -118,8 +124,6 @@ class _Run:
 
     def step(self) -> StepResult:
         with contextlib.ExitStack() as stack:
-            if self.setting.checkpointing:
-                stack.enter_context(recomputed(self.workload.model))
             if self.workload.recipe.compile and not self.setting.compile:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             return self.workload.step(self.setting.micro_batch, self.setting.sequences)

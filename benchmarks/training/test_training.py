@@ -103,7 +103,7 @@ def columns_of(place: Place, measured: Measured) -> dict[str, Any]:
 
 def memory_lacking(place: Place, device: torch.device) -> str:
     """Why a place cannot run for want of memory, as a sentence; empty where at least its state fits."""
-    needed = state_bytes_needed(place)
+    needed = state_bytes_needed(place) * len(place.modes)
     there = memory_bytes(device) // (1 if device.type == "cuda" else place.world_size)
     if needed < there:
         return ""

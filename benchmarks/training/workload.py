@@ -9,27 +9,27 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from tilewright.corpus import Batch, TrainStream, open_corpus
 from tilewright.model import Transformer
-from tilewright.model.transformer import Block
-from tilewright.trainer.optimization.optimizer import build_optimizer, set_learning_rate
-from tilewright.trainer.parallel.sharding import World, check_batch, sharded_model
+from tilewright.trainer.build import build
+from tilewright.trainer.optimization.loss_scale import LossScale
+from tilewright.trainer.optimization.optimizer import set_learning_rate
+from tilewright.trainer.parallel.float8 import check_float8, generation_of
+from tilewright.trainer.parallel.sharding import World, check_batch
 from tilewright.trainer.recipe import Recipe
 from tilewright.trainer.step import MicroBatch, StepResult, train_step
 from tilewright.trainer.trained import check_kernels, check_vocabulary
 
-# How far loss and gradient norm of the same step may lie apart, relatively, by where the two round.
-_AGREEMENT = {"float32": (1e-5, 1e-3), "bfloat16": (5e-4, 1e-2)}
+# How far loss and gradient norm of the same step may lie apart, relatively, by where the two round. A float16 has three
+# bits more than a bfloat16, so it rounds by an eighth; the loss scale keeps gradients from where it has fewer.
+_AGREEMENT = {"float32": (1e-5, 1e-3), "float16": (5e-4 / 8, 1e-2 / 8), "bfloat16": (5e-4, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Workload:
     """What a step needs.
 
     Attributes:
+        loss_scale: of float16.
         rows: this process's sequences of the step, in one batch on the host.
         tokens: where they come from, as a phrase.
     """
@@ -45,6 +46,7 @@ class Workload:
     world: World
     model: Transformer
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None
     rows: Batch
     tokens: str
 
@@ -56,23 +58,36 @@ class Workload:
             TrainingError, CorpusError: the recipe does not fit the processes, the device or its corpus.
         """
         check_batch(recipe.batch.sequences, recipe.batch.micro_batch, world.size)
-        dtype = getattr(torch, recipe.compute_dtype)
-        check_kernels(world.device, dtype)
+        check_kernels(world.device, getattr(torch, recipe.compute_dtype))
+        check_float8(recipe.float8, generation_of(world.device))
         rows, tokens = _rows(recipe, world)
-        model = sharded_model(recipe.model, world, compute_dtype=dtype, compile=recipe.compile, seed=recipe.seed)
-        optimizer = build_optimizer(model, recipe.optimizer)
-        set_learning_rate(optimizer, 0.0)
-        return cls(recipe, world, model, optimizer, rows, tokens)
+        built = build(recipe, world)
+        set_learning_rate(built.optimizer, 0.0)
+        return cls(recipe, world, *built, rows, tokens)
 
     def step(self, micro_batch: int | None = None, sequences: int | None = None) -> StepResult:
-        """The step on the first `sequences` of this process, `micro_batch` at a time; by default the recipe's."""
-        return train_step(
-            self.model,
-            self.optimizer,
-            list(self._micro_batches(micro_batch or self.recipe.batch.micro_batch, sequences or len(self.rows.inputs))),
-            self.world,
-            max_grad_norm=self.recipe.optimizer.max_grad_norm,
+        """The step on the first `sequences` of this process, `micro_batch` at a time; by default the recipe's.
+
+        Where float16 overflows it is taken again with half the loss scale. That ends with the first steps, which are
+        not timed: the scale is kept from growing again.
+        """
+        micro_batches = list(
+            self._micro_batches(micro_batch or self.recipe.batch.micro_batch, sequences or len(self.rows.inputs))
         )
+        while True:
+            result = train_step(
+                self.model,
+                self.optimizer,
+                micro_batches,
+                self.world,
+                max_grad_norm=self.recipe.optimizer.max_grad_norm,
+                reduce_every=self.recipe.parallel.reduce == "every",
+                loss_scale=self.loss_scale,
+            )
+            if self.loss_scale is not None:
+                self.loss_scale.good_steps.zero_()
+            if not result.overflowed:
+                return result
 
     def _micro_batches(self, micro_batch: int, sequences: int) -> Iterator[MicroBatch]:
         length = self.recipe.data.sequence_length
@@ -103,23 +118,6 @@ def disagreement(result: StepResult, expected: StepResult, compute_dtype: str) -
         if not math.isclose(found, right, rel_tol=tolerance):
             return f"refused: its {what} is {found:.6g} where the step as it is has {right:.6g}"
     return ""
-
-
-@contextmanager
-def recomputed(model: Transformer) -> Iterator[None]:
-    """Within it, each block keeps only its input and is computed again in the backward pass (arXiv:1604.06174)."""
-    for block in model.blocks:
-        block.forward = MethodType(_checkpointed, block)
-    try:
-        yield
-    finally:
-        for block in model.blocks:
-            del block.forward
-
-
-def _checkpointed(block: Block, *inputs: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = checkpoint(type(block).forward, block, *inputs, use_reentrant=False)
-    return out
 
 
 def _rows(recipe: Recipe, world: World) -> tuple[Batch, str]:

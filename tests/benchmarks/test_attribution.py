@@ -1,5 +1,6 @@
 """What each kernel buys in a training step: replaced for real, held to the same numbers, measured, and restored."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +18,11 @@ from tilewright.benchmarks.training.workload import Workload
 from tilewright.cli.main import main
 from tilewright.kernels import use
 from tilewright.model import from_preset, transformer
+from tilewright.model.transformer import Block
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.optimization.optimizer import set_learning_rate
 from tilewright.trainer.parallel.sharding import World, world
-from tilewright.trainer.recipe import Batch, Data, Optimizer, Recipe
+from tilewright.trainer.recipe import ActivationCheckpointing, Batch, Data, Optimizer, Parallel, Recipe
 
 CPU = torch.device("cpu")
 
@@ -202,6 +204,17 @@ def test_the_command_reports_every_kernel_and_writes_the_record(
     assert "first step: the step as it is" in shown
 
 
+def test_the_command_attributes_a_float16_recipe_that_computes_activations_again(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "attribution.json"
+    half = tiny_recipe(batch__sequences=2, compute_dtype="float16", activation_checkpointing__mode="full")
+    assert main(["benchmark", "attribute", str(half), "--steps", "6", "--json", str(output)]) == 0
+    written = json.loads(output.read_text())
+    assert written["recipe"]["activation_checkpointing"]["mode"] == "full"
+    assert all(len(seconds) == 6 for seconds in written["rounds"].values())
+
+
 def test_too_few_steps_and_a_missing_folder_are_refused_before_anything_is_measured(
     tiny_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,3 +228,54 @@ def test_too_few_steps_and_a_missing_folder_are_refused_before_anything_is_measu
 def test_a_batch_that_does_not_fit_is_one_sentence(processes: World) -> None:
     with pytest.raises(TrainingError, match=r"set batch\.micro_batch to"):
         Workload.of(recipe(sequences=4, micro_batch=3), processes)
+
+
+def test_a_recipe_that_computes_activations_again_is_attributed_as_such(
+    processes: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    once = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *inputs: calls.append(1) or once(*inputs))
+    full = dataclasses.replace(recipe(), activation_checkpointing=ActivationCheckpointing("full"))
+    counts = []
+    for taken in (recipe(), full):
+        calls.clear()
+        attribution.attribute(Workload.of(taken, processes), 6, silent)
+        counts.append(len(calls) - 1)  # one call is that which finds the model's kernels
+    assert counts[1] == 2 * counts[0] > 0, "each block runs again in the backward pass"
+
+
+def test_float16_is_taken_with_its_loss_scale_until_no_gradient_overflows(processes: World) -> None:
+    workload = Workload.of(dataclasses.replace(recipe(), compute_dtype="float16"), processes)
+    assert workload.loss_scale is not None
+    workload.loss_scale.scale.fill_(2.0**24)  # overflows, so that the first step is taken again
+    result = attribution.attribute(workload, 6, silent)
+    assert workload.loss_scale.scale < 2.0**24
+    assert workload.loss_scale.good_steps == 0, "it never grows again"
+    timed = {row.kernel: row.note for row in result.rows if row.time_ratio is not None}
+    assert timed == {"attention": "", "linear_cross_entropy": "", "adamw": "", "all of these": ""}
+    assert workload.step().stepped
+
+
+def test_float16_and_float32_are_the_same_step(processes: World) -> None:
+    half, single = (
+        Workload.of(dataclasses.replace(recipe(), compute_dtype=dtype), processes).step()
+        for dtype in ("float16", "float32")
+    )
+    assert half.grad_norm == pytest.approx(single.grad_norm, rel=1e-2)
+    assert half.loss == pytest.approx(single.loss, rel=1e-3)
+
+
+def test_a_recipe_that_the_trainer_refuses_is_refused(processes: World) -> None:
+    with pytest.raises(TrainingError, match="float8 is 'tensorwise'"):
+        Workload.of(dataclasses.replace(recipe(), float8="tensorwise"), processes)
+    halves = dataclasses.replace(recipe(), parallel=Parallel(replicas=2))
+    with pytest.raises(TrainingError, match=r"parallel\.replicas is 2"):
+        Workload.of(halves, processes)
+
+
+def test_a_step_that_is_not_finite_is_one_sentence(processes: World) -> None:
+    workload = Workload.of(recipe(), processes)
+    next(iter(workload.model.parameters())).data.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="the step as it is has loss nan"):
+        attribution.attribute(workload, 6, silent)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 
 from tilewright.benchmarks.audit import audit as auditing
-from tilewright.benchmarks.audit import baseline
+from tilewright.benchmarks.audit import baseline, peers
 from tilewright.benchmarks.audit.audit import Task
 from tilewright.benchmarks.audit.chips import CHIPS
 from tilewright.cli.main import main
@@ -36,7 +37,8 @@ def test_a_sound_audit_prints_the_tables_and_the_bars_and_succeeds(
     assert main(["audit"]) == 0
     printed = capsys.readouterr().out
     assert "predicted" in printed
-    assert "HGMMA" in printed
+    assert "8 HGMMA" in printed
+    assert "blocks/SM" in printed
     assert "NOT MET" not in printed
 
 
@@ -96,6 +98,8 @@ def test_json_and_page_are_written(audited: Audit, tmp_path: Path) -> None:
         (["--accept"], "add --why 'the reason'"),
         (["--why", "it is better"], "add --accept"),
         (["--json", "no/such/place.json"], "does not exist; make it first"),
+        (["--json", "."], ". is a directory; name a file in it"),
+        (["--page", "/"], "/ is a directory; name a file in it"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(
@@ -105,6 +109,30 @@ def test_what_the_user_can_mend_is_one_sentence(
     complaint = capsys.readouterr().err
     assert sentence in complaint
     assert complaint.count("\n") == 1
+
+
+def test_a_library_without_a_counterpart_fails_and_is_named(
+    audited: Audit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = {"op": "rms_norm", "sample": "8B 2k", "chip": 90, "message": "too much shared memory"}
+    theirs = {"peer": "liger-kernel", "kernels": {}, "launches": [], "traffic": [], "errors": [error]}
+    monkeypatch.setattr(peers, "version_of", lambda _: "1.0")
+    monkeypatch.setattr(peers, "audit", lambda *_: theirs)
+    assert main(["audit", "--against", "liger-kernel"]) == 1
+    printed = capsys.readouterr().out
+    assert "liger-kernel has no row beside ours" in printed
+    assert (
+        "launches of liger-kernel that fail: 1\n- rms_norm (rms_norm 8B 2k, sm_90): too much shared memory" in printed
+    )
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_the_audit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(auditing, "audit", lambda *_: pytest.fail("it was audited"))
+    assert main(["audit", "--json", str(tmp_path / "audit.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def run(*codes: str) -> list[Audit]:
@@ -141,7 +169,7 @@ def test_the_floor_of_a_memory_bound_op_is_its_issued_bytes_at_the_datasheets_ba
     moved = 1.5 * 2 * (8 * 2048 * 14336 * torch.bfloat16.itemsize)
     row = floor_of(BY_NAME["relu2"], "8B 2k", "forward", found)
     assert row["bound"] == "memory"
-    assert row["microseconds"] == pytest.approx(moved / CHIPS[90].peak_bandwidth * 1e6, rel=1e-4)
+    assert row["predicted_microseconds"] == pytest.approx(moved / CHIPS[90].peak_bandwidth * 1e6, rel=1e-4)
 
 
 def test_the_floor_of_attention_is_the_products_of_its_own_kernels_at_the_datasheets_peak() -> None:
@@ -165,4 +193,4 @@ def test_the_floor_of_attention_is_the_products_of_its_own_kernels_at_the_datash
     )
     product = 2 * 2 * 32 * 128 * (8192 * 8193 // 2)  # of 2 sequences of 32 heads
     assert row["bound"] == "compute"
-    assert row["microseconds"] == pytest.approx(1.1 * 7 * product / CHIPS[90].peak_flops * 1e6, rel=1e-4)
+    assert row["predicted_microseconds"] == pytest.approx(1.1 * 7 * product / CHIPS[90].peak_flops * 1e6, rel=1e-4)

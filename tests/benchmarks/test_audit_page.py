@@ -33,7 +33,8 @@ def traffic(op, sample, chip, direction, byte_ratio, flop_ratio=1.0, **changes):
 
 def floor(op, sample, chip, direction, microseconds):
     return {
-        "op": op, "sample": sample, "chip": chip, "pass": direction, "microseconds": microseconds, "bound": "memory",
+        "op": op, "sample": sample, "chip": chip, "pass": direction,
+        "predicted_microseconds": microseconds, "bound": "memory",
     }  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def audit():
             traffic("rms_norm", "8B 2k", 90, "forward", 1.0, width=4096),
             traffic("rms_norm", "8B 2k, residual", 90, "forward", 1.0313, width=4096),
             traffic("rms_norm", "8B 2k", 90, "backward", None, width=4096, note="one read serves both"),
+            traffic("rms_norm", "8B 2k, residual", 90, "backward", 1.0, width=4096),
             traffic("attention", "8B 2k", 90, "forward", 7.0, 1.0625, width=128),
         ],
         "floors": [
@@ -146,7 +148,7 @@ def test_peers_are_shown_where_ours_is_worse_first(write, audit):
 
 def test_bars_stand_in_a_table_with_the_worst_row_and_in_the_plots(write, audit):
     page = write(audit)
-    assert "bytes issued ÷ compulsory, rms_norm, rows to 8,192 1.05 1.031 met 2 rms_norm 8B 2k, residual" in page.text
+    assert "bytes issued ÷ compulsory, rms_norm, rows to 8,192 1.05 1.031 met 3 rms_norm 8B 2k, residual" in page.text
     assert "spills and stack, memory-bound ops 0 5 missed 3 rms_norm._forward 16,384 wide 2k sm_90" in page.text
     assert ">bar<" in page.drawings()[0]
     audit["traffic"] = [row for row in audit["traffic"] if row["op"] == "attention"]

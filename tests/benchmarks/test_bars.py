@@ -13,6 +13,7 @@ import pytest
 from tilewright.benchmarks.audit import audit as auditing
 from tilewright.benchmarks.audit import bars
 from tilewright.benchmarks.audit.bars import Verdict
+from tilewright.cli.main import main
 
 Audit = dict[str, Any]
 
@@ -26,7 +27,8 @@ def test_an_audit_that_clears_every_bar_says_how_many_rows_were_held_to_each(sou
     verdicts = bars.verdicts(sound_audit)
     assert not [verdict.bar.name for verdict in verdicts if verdict.met is False]
     assert verdict_on(sound_audit, "spills and stack, memory-bound").rows == 2
-    assert verdict_on(sound_audit, "rms_norm, rows to 8,192").worst == (1.01, "rms_norm 8B 2k sm_90 forward")
+    worst = verdict_on(sound_audit, "rms_norm, rows to 8,192").worst
+    assert worst[:2] == (1.01, "rms_norm 8B 2k sm_90 forward")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,22 @@ def test_a_bar_about_an_audited_op_is_not_met_by_nothing(sound_audit: Audit) -> 
     assert verdict_on(sound_audit, "tensor-core").worst.row == "attention: _forward is never launched"
 
 
+@pytest.mark.parametrize("missing", ["forward", "backward"])
+@pytest.mark.parametrize("words", ["rms_norm, rows to 8,192", "rms_norm, wider rows", "causal attention, 8k"])
+def test_a_bar_is_not_met_where_a_pass_has_no_figure(sound_audit: Audit, words: str, missing: str) -> None:
+    for row in sound_audit["traffic"]:
+        if row["pass"] == missing:
+            row.update(byte_ratio=None, flop_ratio=None)
+    verdict = verdict_on(sound_audit, words)
+    assert verdict.met is False
+    assert verdict.worst.row == f"no row of the {missing} pass"
+
+
+def test_wide_rows_that_vanish_from_an_audited_op_do_not_meet_their_bar(sound_audit: Audit) -> None:
+    sound_audit["traffic"] = [row for row in sound_audit["traffic"] if row["sample"] != "wide"]
+    assert verdict_on(sound_audit, "rms_norm, wider rows").met is False
+
+
 def test_a_bar_about_an_op_that_was_left_out_is_not_asked(sound_audit: Audit) -> None:
     sound_audit["ops"].pop("attention")
     sound_audit["launches"].pop()
@@ -89,9 +107,15 @@ def compiled_alone() -> Callable[[str], Audit]:
     return compiled
 
 
-def test_a_block_that_does_not_fit_the_registers_is_caught_by_its_spills(compiled_alone: Any) -> None:
+def test_a_block_that_does_not_fit_the_registers_is_caught_by_its_spills(
+    compiled_alone: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert verdict_on(compiled_alone("double"), "spills and stack, memory-bound").met
-    verdict = verdict_on(compiled_alone("of huge block"), "spills and stack, memory-bound")
+    broken = {**compiled_alone("of huge block"), "floors": []}
+    verdict = verdict_on(broken, "spills and stack, memory-bound")
     assert verdict.met is False
     assert verdict.worst.value > 0
     assert "_double_of_huge_block rows sm_90" in verdict.worst.row
+    monkeypatch.setattr(auditing, "audit", lambda *_: broken)
+    assert main(["audit"]) == 1
+    assert "_double_of_huge_block rows sm_90" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def test_the_same_audit_differs_in_nothing(sound_audit: Audit, accepted: Path) -
         ("kernels", "norm", {"spill_loads": 2, "spill_stores": 1}, "spills rose from 0 to 3"),
         ("kernels", "norm", {"stack_bytes": 16}, "stack rose from 0 to 16"),
         ("kernels", "norm", {"occupancy": 0.375}, "occupancy fell from 0.5 to 0.375"),
-        ("kernels", "norm", {"wide_accesses": 0}, "no 128-bit accesses any more"),
+        ("kernels", "norm", {"wide_accesses": 3}, "share of 128-bit accesses fell from 1.0 to 0.75"),
         ("traffic", 0, {"byte_ratio": 1.02}, "bytes issued ÷ compulsory rose from 1.01 to 1.02"),
         ("traffic", 0, {"flop_ratio": 1.5}, "FLOPs issued ÷ required rose from 1.0 to 1.5"),
         ("traffic", 0, {"byte_ratio": None}, "bytes issued ÷ compulsory was 1.01 and is None"),
@@ -59,6 +59,19 @@ def test_an_instruction_class_that_disappears_is_named(sound_audit: Audit, accep
     worse, _, better = compared(sound_audit, accepted)
     assert worse == ["attention._forward (attention 8B 2k, forward, sm_90): no HGMMA any more"]
     assert better == ["attention._forward (attention 8B 2k, forward, sm_90): HMMA now"]
+
+
+def test_wide_accesses_that_vanish_are_a_class_that_disappears(sound_audit: Audit, accepted: Path) -> None:
+    sound_audit["kernels"]["norm"]["wide_accesses"] = 0
+    sentences = [sentence.rpartition(": ")[2] for sentence in compared(sound_audit, accepted).worse]
+    assert sorted(sentences) == ["no 128-bit accesses any more", "share of 128-bit accesses fell from 1.0 to 0.0"]
+
+
+def test_the_share_of_wide_accesses_is_not_compared_with_an_audit_that_kept_none(sound_audit: Audit) -> None:
+    accepted = baseline.figures_of(sound_audit)
+    for figures in accepted.values():
+        figures.pop("wide_share", None)
+    assert baseline.compare(sound_audit, accepted) == Comparison([], [], [])
 
 
 def test_what_became_better_is_no_failure(sound_audit: Audit, accepted: Path) -> None:
@@ -89,7 +102,8 @@ def test_ops_and_chips_that_were_not_audited_are_not_missed_and_keep_their_figur
 ) -> None:
     whole = copy.deepcopy(sound_audit)
     sound_audit["ops"] = {"rms_norm": {"matmuls": {}}}
-    sound_audit["launches"], sound_audit["traffic"] = sound_audit["launches"][:1], sound_audit["traffic"][:1]
+    for table in ("launches", "traffic"):
+        sound_audit[table] = [row for row in sound_audit[table] if row["op"] == "rms_norm"]
     assert compared(sound_audit, accepted) == Comparison([], [], [])
     sound_audit["kernels"]["norm"]["spill_loads"] = 1
     baseline.accept(sound_audit, accepted, "one op alone")

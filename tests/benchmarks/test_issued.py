@@ -11,10 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewright.benchmarks.audit import audit as auditing
+from tilewright.benchmarks.audit import baseline
 from tilewright.benchmarks.audit import issued as issued_module
 from tilewright.benchmarks.audit.counting import counting
 from tilewright.benchmarks.audit.issue import Issued
 from tilewright.benchmarks.audit.issued import findings, traffic
+from tilewright.cli.main import main
 from tilewright.kernels.accuracy import outputs_of
 from tilewright.kernels.dispatch import use
 from tilewright.kernels.opspec import OpSpec, Sample
@@ -59,6 +62,35 @@ def test_an_extra_load_shows_as_half_as_much_again(byte_ratio: Any) -> None:
 
 def test_a_missing_mask_shows_as_the_lanes_past_the_row_and_touches_no_memory(byte_ratio: Any) -> None:
     assert byte_ratio("without mask") == 1024 / 1000
+
+
+@pytest.mark.parametrize("name", ["reading twice", "without mask"])
+def test_a_kernel_that_issues_more_than_the_accepted_one_fails_the_audit_and_is_named(
+    name: str,
+    broken: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def audit_of(kernel: str) -> dict[str, Any]:
+        found = auditing.merged(findings([broken.spec_of(kernel)], [90]))
+        environment = {"triton": "3.7.1"}
+        ops = {"double": {"matmuls": {}}}
+        return {"environment": environment, "chips": [90], "ops": ops, "floors": [], **found}
+
+    baseline.accept(audit_of("double"), tmp_path, "the first")
+    monkeypatch.setattr(auditing, "audit", lambda *_: audit_of("double"))
+    assert main(["audit", "--baseline", str(tmp_path)]) == 0
+    monkeypatch.setattr(auditing, "audit", lambda *_: audit_of(name))
+    assert main(["audit", "--baseline", str(tmp_path)]) == 1
+    assert "double (double rows, forward, sm_90): bytes issued ÷ compulsory rose from 1.0 to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "swiglu", "rotary"])
+def test_a_width_is_audited_whose_missing_mask_would_break_the_bar(name: str) -> None:
+    samples = BY_NAME[name].audit_samples(torch.bfloat16, True)
+    widths = {next(iter(sample.tensors.values())).shape[-1] for sample in samples}
+    assert any(triton.next_power_of_2(width) > 1.05 * width for width in widths if width <= 8192)
 
 
 def test_an_op_with_a_gradient_has_three_passes_whose_bytes_add_up() -> None:

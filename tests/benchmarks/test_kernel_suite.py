@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tilewright.benchmarks import peaks
 from tilewright.benchmarks.kernels import contest as contest_module
 from tilewright.benchmarks.kernels.contest import Judge, Step, contest
 from tilewright.benchmarks.kernels.providers import PROVIDERS, NotServed, Provider
@@ -92,6 +93,18 @@ def test_rows_carry_every_column_and_belong_to_the_same_rounds(monkeypatch: pyte
         assert outcome.columns["forward"]["algorithm_memory_bytes"] == 2 * x + weight
         assert columns["implementation"]
     assert outcomes["ours"].columns["forward"]["implementation"].startswith("reference: off CUDA")
+
+
+@pytest.mark.parametrize(("cache", "cold"), [(2**10, True), (2**40, False), (0, False)])
+def test_a_row_whose_inputs_may_lie_in_the_cache_says_so(
+    monkeypatch: pytest.MonkeyPatch, cache: int, cold: bool
+) -> None:
+    monkeypatch.setattr(peaks, "cache_bytes", lambda device: cache)
+    for outcome in small(monkeypatch).values():
+        for columns in outcome.columns.values():
+            assert columns["cold"] is cold
+            assert ("its GB/s are not those of memory" in columns["note"]) is not cold
+            assert (columns["share_of_measured_peak"] is None) is not cold
 
 
 def test_a_wrong_provider_gets_no_time_and_one_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Rivals take turns, intervals hold what they promise, and a pass is timed over all its buffers before the next."""
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable
@@ -8,7 +9,15 @@ import pytest
 import torch
 
 from tilewright.benchmarks import measure
-from tilewright.benchmarks.measure import in_rounds, interleaved, median_interval, of_passes, paired_ratio
+from tilewright.benchmarks.measure import (
+    confidence_of,
+    in_rounds,
+    interleaved,
+    median_interval,
+    of_passes,
+    paired_ratio,
+    unpaired_ratio,
+)
 
 
 def test_every_round_measures_every_rival_once_and_warm_up_is_not_kept() -> None:
@@ -135,3 +144,27 @@ def test_on_a_gpu_the_passes_are_replayed_and_what_cannot_be_captured_is_said(mo
     taken()
     assert notes[3:] == ["forward 0", "backward 0", "forward 0", "backward 0"]
     assert "too large" in of_passes([_Noted(notes, 0)], cuda, capture=False)[1]
+
+
+def test_the_interval_of_two_runs_holds_their_factor_as_often_as_it_promises() -> None:
+    rng = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        base = [rng.lognormvariate(0.0, 0.3) for _ in range(6)]
+        ratio = unpaired_ratio([2.0 * rng.lognormvariate(0.0, 0.3) for _ in range(7)], base)
+        held += ratio.low <= 2.0 <= ratio.high
+    assert 0.94 <= held / 2000 <= 0.985
+    with pytest.raises(ValueError, match="there are 3 and 3 values, too few for an interval of 95%"):
+        unpaired_ratio([1.0] * 3, [1.0] * 3)
+
+
+def test_the_ways_of_mann_and_whitney_are_those_of_all_orders() -> None:
+    counted = [0] * 13
+    for chosen in itertools.combinations(range(7), 3):
+        counted[sum(place - number for number, place in enumerate(chosen))] += 1
+    assert measure._mann_whitney(3, 4) == measure._mann_whitney(4, 3) == counted
+
+
+def test_five_rounds_have_an_interval_and_say_how_sure_it_is() -> None:
+    assert median_interval([5.0, 1.0, 3.0, 2.0, 4.0], confidence_of(5)) == (3.0, 1.0, 5.0)
+    assert (confidence_of(5), confidence_of(6)) == (0.9375, 0.95)

@@ -183,7 +183,7 @@ def audited(spills: int, issued: int | None, *, tensor_cores: str = "HGMMA", op:
         "kernels": {"k": kernel},
         "launches": [{**where, "kernel": "k"}, {**where, "kernel": "k"}],
         "traffic": [traffic],
-        "floors": [{**where, "microseconds": 3.0 if issued is None else issued / 100}],
+        "floors": [{**where, "predicted_microseconds": 3.0 if issued is None else issued / 100}],
     }
 
 

@@ -104,7 +104,7 @@ def test_against_a_base_the_page_shows_what_differs_and_what_is_gone(write):
     slower = {**TIMES, "ours": 1.5e-3}
     page = write(entries(slower), [*entries(), *entries(op="swiglu", shapes=("1B 2k",), passes=("both",))])
     assert "4 of 12 rows differ" in page.text
-    assert "1.50 [1.43, 1.58] 1.50" in page.text
+    assert "1.5 ms 1 ms 1.50 1.50" in page.text
     assert "3 rows of the base that the new record lacks swiglu 1B 2k bfloat16 both, ours;" in page.text
     assert page.plots[:2] == ["Time of ours, new ÷ base", "Peak memory of ours, new ÷ base"]
     assert "Different devices" not in page.text
@@ -126,7 +126,8 @@ def test_predicted_stands_beside_measured(write):
 
 def test_an_audit_gives_the_predicted_time_of_its_own_chip(write):
     floor = {"op": "rms_norm", "sample": "1B 2k", "pass": "forward", "bound": "memory"}
-    audit = {"floors": [{**floor, "chip": 90, "microseconds": 250.0}, {**floor, "chip": 80, "microseconds": 900.0}]}
+    times = {90: 250.0, 80: 900.0}
+    audit = {"floors": [{**floor, "chip": chip, "predicted_microseconds": time} for chip, time in times.items()]}
     text = write(entries(passes=("forward",)), audit=audit).text
     assert "the datasheet's peaks of this chip" in text
     assert "rms_norm 1B 2k bfloat16 forward, ours 500 kB 1 MB 2.00 250 µs 1 ms 4.00" in text

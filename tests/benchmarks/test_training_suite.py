@@ -13,11 +13,12 @@ from tilewright.benchmarks.training import conftest, grid, steps
 from tilewright.benchmarks.training.grid import Place, Setting, places
 from tilewright.benchmarks.training.steps import Measured, measure, measure_here
 from tilewright.benchmarks.training.test_training import columns_of, memory_lacking, provider_of, sample_of
-from tilewright.benchmarks.training.workload import Workload, recomputed
+from tilewright.benchmarks.training.workload import Workload
 from tilewright.model import transformer
 from tilewright.model.transformer import Block
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.parallel.sharding import World, world
+from tilewright.trainer.step import StepResult
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_the_grid_varies_all_that_it_is_about() -> None:
 
 
 def test_settings_of_a_place_are_the_same_step_and_checkpointing_saves_memory(processes: World) -> None:
-    place = tiny(Setting(8), Setting(2, 4), Setting(8, checkpointing=True), Setting(4))
+    place = tiny(Setting(8), Setting(2, 4), Setting(8, checkpointing="full"), Setting(4))
     whole, split, again, half = measure_here(place, processes, 6)
     assert [row.refused for row in (whole, split, again, half)] == [""] * 4
     assert whole.loss == pytest.approx(split.loss, rel=1e-5)
@@ -68,20 +69,31 @@ def test_settings_of_a_place_are_the_same_step_and_checkpointing_saves_memory(pr
     assert whole.compile_seconds is None
 
 
-def test_checkpointed_blocks_run_again_in_the_backward_pass_and_no_longer_after(
-    processes: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workload = Workload.of(tiny(Setting(2)).recipe, processes)
+def test_each_mode_of_checkpointing_is_the_trainers_own(processes: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, int]] = []
+    once, step = Block.forward, Workload.step
     calls: list[int] = []
-    once = Block.forward
+
+    def counted(workload: Workload, *arguments: int) -> StepResult:
+        calls.clear()
+        result = step(workload, *arguments)
+        taken.append((workload.recipe.activation_checkpointing.mode, len(calls)))
+        return result
+
     monkeypatch.setattr(Block, "forward", lambda *inputs: calls.append(1) or once(*inputs))
-    plain = workload.step()
-    assert len(calls) == 3
-    with recomputed(workload.model):
-        assert workload.step() == plain
-    assert len(calls) == 3 + 6
-    assert workload.step() == plain
-    assert len(calls) == 3 + 6 + 3
+    monkeypatch.setattr(Workload, "step", counted)
+    settings = (Setting(2), Setting(2, checkpointing="selective"), Setting(2, checkpointing="full"))
+    plain, selective, full = measure_here(tiny(*settings), processes, 6)
+    assert set(taken) == {("none", 3), ("selective", 6), ("full", 6)}, "of three blocks"
+    assert full.peak_memory_bytes < selective.peak_memory_bytes < plain.peak_memory_bytes
+    assert plain.loss == selective.loss == full.loss
+
+
+def test_modes_that_concern_a_whole_process_or_fill_its_memory_have_places_of_their_own() -> None:
+    for device_type in ("cpu", "cuda"):
+        for place in places(device_type, 1, quick=False):
+            assert "budget" not in place.modes or place.modes == ["budget"]
+            assert device_type == "cpu" or len(place.modes) == 1
 
 
 def test_a_setting_that_computes_something_else_or_runs_out_of_memory_has_no_time(
@@ -96,7 +108,7 @@ def test_a_setting_that_computes_something_else_or_runs_out_of_memory_has_no_tim
 
     monkeypatch.setattr(transformer, "swiglu", broken)
     whole, wrong, full, again = measure_here(
-        tiny(Setting(4), Setting(2, 2), Setting(1, 4), Setting(4, checkpointing=True)), processes, 6
+        tiny(Setting(4), Setting(2, 2), Setting(1, 4), Setting(4, checkpointing="full")), processes, 6
     )
     assert wrong.refused.startswith("refused: its ")
     assert full.refused == steps.OUT_OF_MEMORY

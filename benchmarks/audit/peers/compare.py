@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from tilewright.benchmarks.audit.bars import TENSOR_CORES
 from tilewright.kernels.registry import SPECS
 
 Audit = dict[str, Any]
@@ -15,8 +16,6 @@ Row = dict[str, Any]
 # and writes once (a norm's weight, its share of the weight's gradient) weighs more than at the real size.
 ALLOWANCE = 0.005
 
-# What a chip's own matrix instructions are called; those of an older chip run, at half the rate or less.
-_NATIVE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 _COMPUTE_BOUND = frozenset(spec.name for spec in SPECS if spec.matmuls)
 
 
@@ -92,7 +91,7 @@ def _tensor_cores(kernels: list[Row]) -> str:
 
 def _verdict(place: Place, ours: Any, theirs: Any) -> str:
     if isinstance(ours, str):
-        ours, theirs = (_NATIVE[place.chip] not in kinds for kinds in (ours, theirs))
+        ours, theirs = (TENSOR_CORES[place.chip] not in kinds for kinds in (ours, theirs))
     if ours > theirs * (1 + ALLOWANCE if isinstance(ours, float) else 1):
         return "worse"
     return "better" if theirs > ours * (1 + ALLOWANCE if isinstance(ours, float) else 1) else "equal"
@@ -129,7 +128,7 @@ class _Figures:
         return found
 
     def floor(self, place: Place, name: str) -> float | None:
-        microseconds: float | None = self._floors.get((place, name), {}).get("microseconds")
+        microseconds: float | None = self._floors.get((place, name), {}).get("predicted_microseconds")
         return microseconds
 
 
