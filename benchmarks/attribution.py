@@ -216,8 +216,8 @@ def _first_steps(variants: dict[str, _Variant], compute_dtype: str, steps: Calla
         result = variant.step()
         if as_it_is is None and not result.stepped:
             raise TrainingError(
-                f"{name} has loss {result.loss:.6g} and gradient norm {result.grad_norm:.6g}, so nothing can be compared "
-                "with it; take a recipe whose first step is finite, such as with compute_dtype bfloat16"
+                f"{name} has loss {result.loss:.6g} and gradient norm {result.grad_norm:.6g}, so nothing can be "
+                "compared with it; take a recipe whose first step is finite, such as with compute_dtype bfloat16"
             )
         as_it_is = as_it_is or result
         apart = disagreement(result, as_it_is, compute_dtype)
