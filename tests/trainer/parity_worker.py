@@ -46,19 +46,16 @@ class Case:
     compile: bool = False
 
 
-class Gradients:
-    """In an optimizer's place: keeps what it would have stepped by."""
+class Gradients(torch.optim.Optimizer):
+    """Keeps what another optimizer would have stepped by."""
 
     def __init__(self, model: Transformer) -> None:
+        super().__init__(model.parameters(), {})
         self.model, self.kept = model, dict[str, torch.Tensor]()
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Keep whole gradients, gathered after the step's own traffic has been counted."""
         self.kept = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-
-    def zero_grad(self, *, set_to_none: bool) -> None:
-        """Forget those of the model."""
-        self.model.zero_grad(set_to_none=set_to_none)
 
 
 class Traced(TorchDispatchMode):
@@ -141,7 +138,7 @@ def check(case: Case, processes: World) -> None:
     # A compiled block runs under no dispatch mode; its collectives lie outside it and are the same.
     with nullcontext() if case.compile else traced:
         result = train_step(
-            model, optimizer, share(case, processes), processes, max_grad_norm=0.0,  # type: ignore[arg-type]
+            model, optimizer, share(case, processes), processes, max_grad_norm=0.0,
             reduce_every=case.parallel.reduce == "every",
         )  # fmt: skip
     loss, gradients = expected(case)
