@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from step_log import StepLog  # type: ignore[import-not-found]
 
 from tilewright.corpus import Batch
 from tilewright.model.config import ModelConfig
-from tilewright.trainer.optimization.optimizer import build_optimizer
-from tilewright.trainer.parallel.sharding import sharded_model, world
+from tilewright.trainer.build import build
+from tilewright.trainer.parallel.sharding import world
 from tilewright.trainer.recipe import Batch as BatchSizes
 from tilewright.trainer.recipe import Data, Optimizer, Recipe
 from tilewright.trainer.step import MicroBatch, train_step
@@ -44,14 +43,7 @@ def main() -> None:
     # Each row is one document.
     starts = np.arange(sequences + 1, dtype=np.int32) * length
     with world() as processes:
-        model = sharded_model(
-            recipe.model,
-            processes,
-            compute_dtype=getattr(torch, recipe.compute_dtype),
-            compile=recipe.compile,
-            seed=recipe.seed,
-        )
-        optimizer = build_optimizer(model, recipe.optimizer)
+        model, optimizer, _ = build(recipe, processes)
         for step in range(steps):
             rows = tokens[step].astype(np.int64)
             batch = Batch(inputs=rows[:, :-1].copy(), targets=rows[:, 1:].copy(), cu_seqlens=starts)

@@ -5,6 +5,8 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
+import torch.nn.functional as functional
 from rich.console import Console
 
 from tilewright.benchmarks.compare import compare, linear_cross_entropy
@@ -33,11 +35,32 @@ def test_a_comparison_of_trainers_refuses_at_once_what_it_cannot_judge(monkeypat
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [(["--rounds", "4"], "of which no interval can be made"), (["--dtypes", "nope"], "invalid choice: 'nope'")],
+    [
+        (["--rounds", "4"], "of which no interval can be made"),
+        (["--dtypes", "nope"], "invalid choice: 'nope'"),
+        (["--classes", "0"], "--classes is 0; at least 2"),
+    ],
 )
 def test_a_comparison_of_losses_refuses_at_once_what_it_cannot_judge(monkeypatch, capsys, options, sentence):
     assert started(linear_cross_entropy, monkeypatch, *options) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["loss", "hidden", "weight"])
+def test_a_loss_that_computes_something_else_is_not_timed(monkeypatch, wrong):
+    def doubled(hidden, weight, targets):
+        factor = 2.0 if wrong == "loss" else 1.0
+        changed = {"hidden": hidden, "weight": weight}
+        if wrong in changed:
+            changed[wrong] = 2 * changed[wrong] - changed[wrong].detach()  # the same value, twice the gradient
+        return factor * functional.linear_cross_entropy(changed["hidden"], changed["weight"], targets)
+
+    monkeypatch.setattr(linear_cross_entropy, "TOKENS", 256)
+    monkeypatch.setattr(linear_cross_entropy, "WIDTH", 16)
+    monkeypatch.setitem(linear_cross_entropy.PROVIDERS, linear_cross_entropy.OURS, doubled)
+    monkeypatch.setattr(linear_cross_entropy, "interleaved", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(SystemExit, match=f"{wrong}.* of tilewright is off by"):
+        linear_cross_entropy.compare(64, torch.float32, 5, Console())
 
 
 def runs(**tokens_per_second):
