@@ -248,13 +248,17 @@ def audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
             yield Sample(f"{model.name} {length_name}", {"gate": gate, "up": torch.empty_like(gate)})
 
 
-def work_of(sample: Sample, flops: int) -> Passes:
+def work_of(sample: Sample, activation: int, slope: int) -> Passes:
     """gate and up in, y out, which is half as large; backward reads all three and writes two.
 
     Args:
         sample: the call.
-        flops: operations for one element of y, forward; backward also needs the slope, and three products more.
+        activation: operations for the activation of one element of gate.
+        slope: those that its slope takes besides.
     """
     inputs = sample.nbytes("gate", "up")
     elements = sum(x.numel() for x in sample.tensors.values()) // 2
-    return Passes(Work(flops * elements, 3 * inputs // 2), Work((2 * flops + 3) * elements, 5 * inputs // 2))
+    # The product with up; backward that with the activation, and those with up and the slope.
+    return Passes(
+        Work((activation + 1) * elements, 3 * inputs // 2), Work((activation + slope + 3) * elements, 5 * inputs // 2)
+    )

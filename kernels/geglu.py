@@ -34,7 +34,7 @@ from tilewright.kernels.gated import (
     samples,
     work_of,
 )
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.opspec import OpSpec, Passes, Sample
 
 if HAS_TRITON:
     import triton
@@ -108,14 +108,21 @@ def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
         yield dataclasses.replace(sample, label=f"{sample.label}, tanh", options={"approximate": "tanh"})
 
 
+def _work(sample: Sample) -> Passes:
+    """With the error function: it, its argument and result scaled, a sum and the product; the slope's density (three
+    products and exp), a product and a sum. With tanh: five operations for its argument, exp, a sum, a quotient and the
+    product; three for the argument's slope, a difference, three products and a sum."""
+    tanh = sample.options.get("approximate") == "tanh"
+    return work_of(sample, activation=9, slope=8) if tanh else work_of(sample, activation=5, slope=6)
+
+
 SPEC = OpSpec(
     name="geglu",
     function=geglu,
     reference=reference,
     samples=_samples,
     audit_samples=_audit_samples,
-    # Per element: the error function as one operation, scaling it and its argument, a sum and two products.
-    work=lambda sample: work_of(sample, flops=6),
+    work=_work,
     strided=("gate", "up"),
     tables={"elementwise": TABLE},
 )

@@ -629,13 +629,18 @@ def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
 
 def _work(sample: Sample) -> Passes:
     """Forward: the input and what is added in, the norm and the sum out. Backward: the upstream gradients and the row
-    that was normalised in, its gradient out; the parameters read, and their gradients written."""
+    that was normalised in, its gradient out; the parameters read, and their gradients written.
+
+    For each element: the sum, the difference, its square, their sum and the scale; backward the difference and the
+    scale, a sum, the sum of products, the difference of two products, another and its scale. The weight is a product,
+    backward one and the two of its own gradient, the bias a sum in each. What is added in is a sum, backward too."""
     x = sample.tensors["x"]
+    weighted, moved, added = (name in sample.tensors for name in ("weight", "bias", "residual"))
     parameters = sample.nbytes("weight", "bias")
     row = sample.nbytes("x", "residual")
     return Passes(
-        Work(7 * x.numel(), 2 * row + parameters),
-        Work(14 * x.numel(), row + 2 * x.nbytes + sample.nbytes("weight") + parameters),
+        Work((5 + weighted + moved + added) * x.numel(), 2 * row + parameters),
+        Work((9 + 3 * weighted + moved + added) * x.numel(), row + 2 * x.nbytes + sample.nbytes("weight") + parameters),
     )
 
 

@@ -33,7 +33,11 @@ class Sample:
 
 
 class Work(NamedTuple):
-    """What a pass cannot do without: floating-point operations, and bytes of inputs read and outputs written once."""
+    """What a pass cannot do without: floating-point operations, and bytes of inputs read and outputs written once.
+
+    Sums, products, quotients and functions such as exp count one each, a reduction as many as it takes in; comparisons
+    and choices are no operations, and what is done once a row or once a block is left out.
+    """
 
     flops: int
     bytes: int

@@ -629,13 +629,13 @@ def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
 
 
 def _work(sample: Sample) -> Passes:
-    """What rotary does and moves, the weights in, and for each element its square, the sum, two products and the
-    weight's offset. Backward reads q and k again besides, and writes the weights' gradients."""
+    """What rotary does and moves, the weights in, and for each element its square, the sum and two products. Backward
+    reads q and k again besides, and writes the weights' gradients."""
     turned = ROTARY.work(sample).forward
     weights = sample.nbytes("q_weight", "k_weight")
     elements = sample.tensors["q"].numel() + sample.tensors["k"].numel()
     return Passes(
-        Work(turned.flops + 5 * elements, turned.bytes + weights),
+        Work(turned.flops + 4 * elements, turned.bytes + weights),
         Work(turned.flops + 10 * elements, turned.bytes + 2 * weights + sample.nbytes("q", "k")),
     )
 

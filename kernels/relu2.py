@@ -199,8 +199,8 @@ SPEC = OpSpec(
     samples=_samples,
     audit_samples=_audit_samples,
     work=lambda sample: Passes(
-        Work(2 * sample.tensors["x"].numel(), 2 * sample.nbytes("x")),
-        Work(3 * sample.tensors["x"].numel(), 3 * sample.nbytes("x")),
+        Work(sample.tensors["x"].numel(), 2 * sample.nbytes("x")),
+        Work(2 * sample.tensors["x"].numel(), 3 * sample.nbytes("x")),
     ),
     strided=("x",),
     tables={"elementwise": _TABLE},

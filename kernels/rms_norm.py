@@ -532,13 +532,18 @@ def _audit_samples(dtype: torch.dtype, small: bool) -> Iterator[Sample]:
 
 def _work(sample: Sample) -> Passes:
     """Forward: the input and what is added in, the norm and the sum out. Backward: the upstream gradients and the row
-    that was normalised in, its gradient out; the parameters read, and their gradients written."""
+    that was normalised in, its gradient out; the parameters read, and their gradients written.
+
+    For each element: its square, the sum and the scale; backward the scale, the sum of products, the difference of two
+    products and its scale. The weight is a product, backward one and the two of its own gradient. What is added in is
+    a sum, backward too."""
     x = sample.tensors["x"]
+    weighted, added = "weight" in sample.tensors, "residual" in sample.tensors
     parameters = sample.nbytes("weight")
     row = sample.nbytes("x", "residual")
     return Passes(
-        Work(5 * x.numel(), 2 * row + parameters),
-        Work(10 * x.numel(), row + 2 * x.nbytes + sample.nbytes("weight") + parameters),
+        Work((3 + weighted + added) * x.numel(), 2 * row + parameters),
+        Work((6 + 3 * weighted + added) * x.numel(), row + 2 * x.nbytes + sample.nbytes("weight") + parameters),
     )
 
 

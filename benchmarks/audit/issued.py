@@ -123,6 +123,13 @@ def _row(spec: OpSpec, name: str, issued: Issued, passes: Passes, product: int |
         required = sum(spec.matmuls.get(kernel, 0) for kernel in issued.kernels) * product
         flops, note = issued.product_flops, _CACHED
     separable = name == "both" or passes.common.bytes == 0
+    if separable:
+        for what, found, needed in (("bytes", issued.bytes, work.bytes), ("operations", flops, required)):
+            if found < needed:
+                raise TrainingError(
+                    f"{spec.name}, {name}: the kernels issue {found:,} {what}, fewer than the {needed:,} that the op's "
+                    "`work` calls the least; mend one of the two"
+                )
     return {
         "pass": name,
         "bytes_issued": issued.bytes,

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from tilewright.benchmarks.audit.issued import findings, traffic
 from tilewright.cli.main import main
 from tilewright.kernels.accuracy import outputs_of
 from tilewright.kernels.dispatch import use
-from tilewright.kernels.opspec import OpSpec, Sample
+from tilewright.kernels.opspec import OpSpec, Passes, Sample, Work
 from tilewright.kernels.registry import SPECS
 from tilewright.trainer.errors import TrainingError
 
@@ -54,6 +55,14 @@ def byte_ratio(broken: ModuleType) -> Callable[[str], float]:
 
 def test_a_kernel_that_reads_once_and_writes_once_issues_what_it_cannot_do_without(byte_ratio: Any) -> None:
     assert byte_ratio("double") == 1.0
+
+
+@pytest.mark.parametrize(("more", "named"), [(Work(10**9, 0), "operations"), (Work(0, 1), "bytes")])
+def test_work_that_asks_more_than_the_kernels_do_is_an_error(broken: ModuleType, more: Work, named: str) -> None:
+    spec = broken.spec_of("double")
+    work = lambda sample: Passes(Work(*map(sum, zip(spec.work(sample).forward, more, strict=True))))  # noqa: E731
+    with counting() as issued, pytest.raises(TrainingError, match=f"issue .* {named}, fewer than the .* `work`"):
+        traffic(replace(spec, work=work), next(spec.audit_samples(torch.bfloat16, True)), 90, issued)
 
 
 def test_an_extra_load_shows_as_half_as_much_again(byte_ratio: Any) -> None:
