@@ -135,15 +135,16 @@ def compare(classes: int, dtype: torch.dtype, rounds: int, console: Console) -> 
 def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Results:
     """Those of float32 products, a few rows at a time."""
     rows, wide = hidden.detach().float(), weight.detach().float().requires_grad_()
-    loss, gradients = torch.zeros(()), []
-    for some, classes in zip(rows.split(256), targets.split(256), strict=True):
-        some.requires_grad_()
-        part = F.cross_entropy(F.linear(some, wide), classes, reduction="sum") / TOKENS
-        part.backward()  # adds to the weight's gradient
-        loss += part.detach()
-        gradients.append(some.grad)
-    assert wide.grad is not None
-    return Results(loss, torch.cat([gradient for gradient in gradients if gradient is not None]), wide.grad)
+    exact = Results(torch.zeros(()), torch.empty_like(rows), torch.zeros_like(wide))
+    for start in range(0, TOKENS, 256):
+        span = slice(start, start + 256)
+        some = rows[span].clone().requires_grad_()
+        part = F.cross_entropy(F.linear(some, wide), targets[span], reduction="sum") / TOKENS
+        gradients = torch.autograd.grad(part, (some, wide))
+        exact.loss.add_(part.detach())
+        exact.hidden[span] = gradients[0]
+        exact.weight.add_(gradients[1])
+    return exact
 
 
 def _check(errors: dict[str, list[float]], dtype: torch.dtype) -> None:
