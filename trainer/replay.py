@@ -7,9 +7,8 @@ weights and samples that it met in the run, whatever the number of processes the
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ import torch
 
 from tilewright.kernels.shards import local
 from tilewright.model import Transformer
+from tilewright.trainer.build import build
 from tilewright.trainer.checkpoints import checkpoint
 from tilewright.trainer.data import check_same_data, open_data, samples_of
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.health.check import INCIDENTS
-from tilewright.trainer.optimization.loss_scale import LossScale
-from tilewright.trainer.optimization.optimizer import build_optimizer, set_learning_rate
+from tilewright.trainer.optimization.optimizer import set_learning_rate
 from tilewright.trainer.parallel.float8 import check_float8, generation_of
-from tilewright.trainer.parallel.sharding import World, sharded_model, world
+from tilewright.trainer.parallel.sharding import World, world
 from tilewright.trainer.recipe import Parallel, Recipe
 from tilewright.trainer.recipe.file import recipe_from_run
 from tilewright.trainer.record.metrics import METRICS, ROLLED_BACK, read_metrics
@@ -108,18 +107,7 @@ class _Replaying:
         check_vocabulary(recipe, data)
         check_same_data(run, data)
         self.stream = data.train_stream(sequence_length=recipe.data.sequence_length, seed=recipe.seed)
-        self.model = sharded_model(
-            recipe.model,
-            process,
-            compute_dtype=getattr(torch, recipe.compute_dtype),
-            compile=recipe.compile,
-            seed=recipe.seed,
-            parallel=Parallel(),
-            activation_checkpointing=recipe.activation_checkpointing,
-            float8=recipe.float8,
-        )
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
-        self.loss_scale = LossScale(process.device) if recipe.compute_dtype == "float16" else None
+        self.model, self.optimizer, self.loss_scale = build(replace(recipe, parallel=Parallel()), process)
 
     def start(self, step: int) -> int:
         """Load the newest checkpoint before `step`; returns the step that comes after it."""
@@ -132,7 +120,7 @@ class _Replaying:
         checkpoint.load(before[-1], state | (self.loss_scale.state() if self.loss_scale else {}))
         return before[-1].step + 1
 
-    def take(self, step: int, optimizer: torch.optim.Optimizer | _Look) -> tuple[StepResult, list[tuple[range, float]]]:
+    def take(self, step: int, optimizer: torch.optim.Optimizer) -> tuple[StepResult, list[tuple[range, float]]]:
         """One step with `optimizer`; its result, and the samples and mean loss of each micro-batch."""
         recipe, line = self.recipe, self.lines[step]
         # Whatever the recipe says by now: the record says what was; one without samples is of a run without stages.
@@ -147,7 +135,7 @@ class _Replaying:
         ]
         result = train_step(
             self.model,
-            typing.cast(torch.optim.Optimizer, optimizer),
+            optimizer,
             micros,
             self.process,
             max_grad_norm=0.0 if isinstance(optimizer, _Look) else recipe.optimizer.max_grad_norm,
@@ -161,27 +149,23 @@ class _Replaying:
         return result, list(zip(samples, losses, strict=True))
 
 
-class _Look:
-    """In an optimizer's place: looks at the gradients and changes nothing."""
+class _Look(torch.optim.Optimizer):
+    """Looks at the gradients and changes nothing."""
 
     _step_supports_amp_scaling = True  # or a step that is to be skipped would not come here
 
     def __init__(self, model: Transformer) -> None:
+        super().__init__(model.parameters(), {})
         self._model = model
-        self.param_groups = [{"params": list(model.parameters())}]
         self.not_finite: list[str] = []
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Find what is not finite."""
         for name, parameter in self._model.named_parameters():
             if parameter.grad is None:
                 continue
             if not local(parameter.grad).isfinite().all():
                 self.not_finite.append(name)
-
-    def zero_grad(self, *, set_to_none: bool) -> None:
-        """As an optimizer does."""
-        self._model.zero_grad(set_to_none=set_to_none)
 
 
 def replayed_text(replayed: Replayed) -> str:

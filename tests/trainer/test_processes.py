@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,7 @@ import pytest
 
 from tilewright.trainer.record.metrics import read_metrics
 
-Write = Callable[..., Path]
-
-
-def torchrun(processes: int, recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """``torchrun --nproc-per-node N -m tilewright.cli train …``, as the README has it, on a port that is free."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "tilewright.cli", "train", str(recipe), *overrides]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+from .conftest import Write, torchrun
 
 
 def trained(processes: int, recipe: Path, run: Path, *overrides: str) -> tuple[list[Any], list[Any]]:
