@@ -26,5 +26,8 @@ PROVIDERS = {
     "transformers compiled, bfloat16": Provider("train_transformers.py", ("--dtype", "bfloat16", "--compile"), True),
 }
 
+# Whose losses the others' are held to: the same steps without rounding to bfloat16, taken once and not timed.
+EXACT = Provider("train_transformers.py", ("--dtype", "float32"), True)
+
 # What the peers' environment holds, at the versions of constraints.txt.
 REQUIREMENTS = ("torch", "transformers", "numpy", "safetensors")

@@ -1,6 +1,6 @@
 """transformers' provider: `LlamaForCausalLM` with `sdpa`, torch's fused AdamW, clipping, on given weights and tokens.
 
-    python train_transformers.py FOLDER STEPS --dtype autocast|bfloat16 [--compile]
+    python train_transformers.py FOLDER STEPS --dtype autocast|bfloat16|float32 [--compile]
 
 `autocast`: float32 parameters, matrix products in bfloat16; `bfloat16`: parameters and optimizer state in bfloat16.
 """
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("steps", type=int)
-    parser.add_argument("--dtype", choices=("autocast", "bfloat16"), required=True)
+    parser.add_argument("--dtype", choices=("autocast", "bfloat16", "float32"), required=True)
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     settings = json.loads((arguments.folder / "settings.json").read_text())

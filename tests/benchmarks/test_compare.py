@@ -71,10 +71,15 @@ def runs(**tokens_per_second):
 
 
 def test_five_rounds_make_a_table():
-    assert (
-        compare.table(runs(tilewright=[1.0, 2.0, 3.0, 4.0, 5.0], peer=[1.0] * 5)).columns[1].header
-        == "tokens/s (93.8%)"
-    )
+    table = compare.table(runs(tilewright=[1.0, 2.0, 3.0, 4.0, 5.0], peer=[1.0] * 5), [2.0, 1.25])
+    assert table.columns[1].header == "tokens/s (93.8%)"
+    assert list(table.columns[-1].cells) == ["-20.00%", "-20.00%"]
+
+
+@pytest.mark.parametrize(("last", "held"), [(1.0, True), (1.009, True), (1.02, False), (0.98, False)])
+def test_the_loss_is_held_to_that_of_float32(last, held):
+    verdicts = compare.judge(runs(tilewright=[2.0] * 5, peer=[1.0] * 5), [2.0, last])
+    assert [holds for holds, _ in verdicts] == [True, False, held]  # the memory is the peer's
 
 
 def test_what_judges_no_bar_does_not_hold(monkeypatch, tmp_path, capsys):
