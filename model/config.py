@@ -101,7 +101,8 @@ _GPT2: dict[str, Any] = {
     "head_dim": 64,
 }
 
-# Published shapes: Llama 3 (arXiv:2407.21783), SmolLM2 (arXiv:2502.02737), GPT-2 (Radford et al. 2019).
+# Published shapes: Llama 3 (arXiv:2407.21783), Mistral 7B (arXiv:2310.06825; that of its version 0.3, which has no
+# window), SmolLM2 (arXiv:2502.02737), GPT-2 (Radford et al. 2019).
 PRESETS: dict[str, ModelConfig] = {
     "llama-10m": ModelConfig(
         **_LLAMA, vocab_size=8192, hidden_size=320, layers=6, heads=5, kv_heads=5, head_dim=64,
@@ -114,6 +115,10 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-3.2-1b": ModelConfig(
         **_LLAMA, vocab_size=128256, hidden_size=2048, layers=16, heads=32, kv_heads=8, head_dim=64,
         intermediate_size=8192, max_sequence_length=8192, rotary_base=500000.0, tied_embeddings=True,
+    ),
+    "mistral-7b": ModelConfig(
+        **_LLAMA, vocab_size=32768, hidden_size=4096, layers=32, heads=32, kv_heads=8, head_dim=128,
+        intermediate_size=14336, max_sequence_length=32768, rotary_base=1000000.0,
     ),
     "llama-3-8b": ModelConfig(
         **_LLAMA, vocab_size=128256, hidden_size=4096, layers=32, heads=32, kv_heads=8, head_dim=128,

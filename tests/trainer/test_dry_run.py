@@ -76,6 +76,20 @@ def test_whole_gradients_are_kept_only_while_they_wait_for_one_reduction() -> No
     assert every.traffic.reduce_scatter.count == 4 * once.traffic.reduce_scatter.count
 
 
+def test_a_budget_is_planned_as_its_share() -> None:
+    def kept(budget: float) -> int:
+        asked = ActivationCheckpointing(mode="budget", budget=budget)
+        return plan(dataclasses.replace(recipe(), activation_checkpointing=asked), "256xH100").memory[
+            "kept activations"
+        ]
+
+    full, none = (plan(recipe(mode), "256xH100").memory["kept activations"] for mode in ("full", "none"))
+    assert (kept(0.0), kept(1.0)) == (full, none)
+    assert kept(0.25) == pytest.approx(full + 0.25 * (none - full), rel=1e-6)
+    asked = dataclasses.replace(recipe(), activation_checkpointing=ActivationCheckpointing(mode="budget"))
+    assert "the budget's share of what mode none keeps" in plan_text(plan(asked, "256xH100"))
+
+
 def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
     with pytest.raises(
         TrainingError, match=r"predicted: a process needs .* H100 has 80 GB.*kept activations.*selective"

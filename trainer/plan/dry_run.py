@@ -110,12 +110,12 @@ def plan(recipe: Recipe, as_if: str) -> Plan:
     )
     asking = Volume(traffic.all_reduce.count + 1, traffic.all_reduce.bytes + 2 * torch.float64.itemsize)
     traffic = replace(traffic, all_reduce=asking)
-    notes = (
-        ("Muon's all-to-alls come on top: see tilewright.trainer.optimization.muon",)
-        if recipe.optimizer.kind == "muon"
-        else ()
-    )
-    return Plan(world_size, name, micro_batches, memory, GPUS[name].memory, traffic, notes)
+    notes = []
+    if recipe.optimizer.kind == "muon":
+        notes.append("Muon's all-to-alls come on top: see tilewright.trainer.optimization.muon")
+    if recipe.activation_checkpointing.mode == "budget":
+        notes.append("kept activations: the budget's share of what mode none keeps; the compiler may keep less")
+    return Plan(world_size, name, micro_batches, memory, GPUS[name].memory, traffic, tuple(notes))
 
 
 def check_fits(plan: Plan) -> None:
@@ -191,7 +191,10 @@ def _activations(recipe: Recipe, generation: int, dtype: torch.dtype) -> dict[st
     with as_if_on(generation), use("triton"), FakeTensorMode(allow_non_fake_inputs=True):
         block = model.blocks[0]
         _give_fake_memory(block, dtype)
-        checkpoint_activations([block], recipe.activation_checkpointing, compiled=recipe.compile, device_type="cuda")
+        checkpointing = recipe.activation_checkpointing
+        budget = checkpointing.budget if checkpointing.mode == "budget" else None
+        if budget is None:
+            checkpoint_activations([block], checkpointing, compiled=recipe.compile, device_type="cuda")
         x = torch.empty(
             recipe.batch.micro_batch, recipe.data.sequence_length, config.hidden_size, dtype=dtype, requires_grad=True
         )
@@ -208,6 +211,8 @@ def _activations(recipe: Recipe, generation: int, dtype: torch.dtype) -> dict[st
     # The head: dweight in float32 and rounded, one chunk of logits and its gradient in the same place, dhidden.
     rows = min(tokens, chunk_rows(config.vocab_size, torch.device("cuda")))
     head = classes * (4 + dtype.itemsize) + rows * config.vocab_size * dtype.itemsize + stream
+    if budget is not None:  # only the compiler knows what it will drop: a share of all but the block's result
+        kept = stream + int(budget * (kept - stream))
     return {"kept activations": kept * config.layers + stream, "working memory": max(working, head)}
 
 
