@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,10 @@ from tilewright.trainer.parallel.sharding import World
 from tilewright.trainer.step import MicroBatch
 
 
+class ScoringStopped(Exception):
+    """Scoring ended before its end, as it was asked to."""
+
+
 def evaluate(
     model: nn.Module,
     streams: Mapping[str, HeldOutStream],
@@ -27,28 +31,35 @@ def evaluate(
     micro_batch: int,
     byte_lengths: npt.NDArray[np.int32],
     across_documents: bool,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]]:
     """Score `windows` windows of each stream, spread evenly over it (0 or too many: all of them).
 
     Args:
         streams: held-out text by name.
         byte_lengths: (vocab,), the bytes of UTF-8 that each token stands for.
+        stopped: whether to stop, asked before each forward pass; the processes must agree.
 
     Returns:
         By name, ``heldout`` first, which is all of them together: loss (nats a token), perplexity (its exponential),
         bits_per_byte (bits over all tokens ÷ bytes of the text they stand for) and tokens (how many were scored).
+
+    Raises:
+        ScoringStopped: `stopped` said so.
     """
     model.eval()
-    sums = {
-        name: _summed(model, stream, world, windows, micro_batch, byte_lengths, across_documents)
-        for name, stream in streams.items()
-    }
-    model.train()
-    # Without a backward pass nothing shards the parameters again; until then the model shows other ones than the
-    # optimizer holds.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    try:
+        sums = {
+            name: _summed(model, stream, world, windows, micro_batch, byte_lengths, across_documents, stopped)
+            for name, stream in streams.items()
+        }
+    finally:
+        model.train()
+        # Without a backward pass nothing shards the parameters again; until then the model shows other ones than the
+        # optimizer holds.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     together = np.sum(list(sums.values()), axis=0).tolist()
     return {HELDOUT: _figures(*together)} | {name: _figures(*each) for name, each in sums.items()}
 
@@ -62,6 +73,7 @@ def _summed(
     micro_batch: int,
     byte_lengths: npt.NDArray[np.int32],
     across_documents: bool,
+    stopped: Callable[[], bool],
 ) -> list[float]:
     """Nats, tokens and the bytes that they stand for, over all processes."""
     chosen = _spread(len(stream), windows)
@@ -74,6 +86,8 @@ def _summed(
         batch = _padded(stream, part, micro_batch)
         micro = MicroBatch.of(batch, world.device, across_documents=across_documents)
         alive()
+        if stopped():
+            raise ScoringStopped
         nats += float(model(micro.inputs, micro.targets, micro.cu_seqlens))
         scored = batch.targets[batch.targets != IGNORE]
         tokens += scored.size

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from tilewright.corpus import Batch, MixtureStream, Prefetch, TrainStream
 from tilewright.trainer.checkpoints import checkpoint
+from tilewright.trainer.checkpoints.files import HeldOut
 from tilewright.trainer.checkpoints.identity import check_identity, keep_identity
 from tilewright.trainer.checkpoints.run_state import RunState
 from tilewright.trainer.data import (
@@ -33,7 +34,7 @@ from tilewright.trainer.data import (
     samples_of,
 )
 from tilewright.trainer.errors import TrainingError
-from tilewright.trainer.evaluate import evaluate
+from tilewright.trainer.evaluate import ScoringStopped, evaluate
 from tilewright.trainer.health.check import HealthCheck
 from tilewright.trainer.health.early_stopping import no_longer_improves
 from tilewright.trainer.health.hang import alive, hang_watch, not_watched
@@ -86,7 +87,7 @@ def train(recipe: Recipe, console: Console) -> Outcome:
 
 
 def _open_run(recipe: Recipe, data: TrainingData, stack: ExitStack) -> Path:
-    """Choose and lock the run directory, and record in it what the run is made of."""
+    """Choose and lock the run directory; what is in it stays as it is until the run has been put together."""
     check_installed(recipe.tracking)
     run = choose_run_directory(recipe, lambda run: is_same_data(run, data))
     stack.enter_context(locked(run))
@@ -97,12 +98,14 @@ def _open_run(recipe: Recipe, data: TrainingData, stack: ExitStack) -> Path:
                 f"steps is {recipe.steps}, and {run} has come to step {done.step} already; raise steps, or name "
                 "another --run_directory"
             )
-        if done.step < recipe.steps:
-            (run / SUMMARY).unlink(missing_ok=True)  # of a run that had finished and now has more steps to go
+    return run
+
+
+def _record_run(run: Path, recipe: Recipe, data: TrainingData) -> None:
+    """Write down what the run is made of."""
     save_recipe(run, recipe)
     write_atomically(run / CORPUS, json.dumps(data.identity(), indent=1))
     keep_identity(run, recipe)
-    return run
 
 
 class _Training:
@@ -126,12 +129,15 @@ class _Training:
         # All processes measure at the same time, as they will compute.
         (self.peak,) = processes.sum(measured_matmul_peak(processes.device, getattr(torch, recipe.compute_dtype)))
         self.state = RunState(recipe, run, processes, stack)
+        processes.first_decides(lambda: _record_run(run, recipe, data))
         self.batches = stack.enter_context(Prefetch(self._read, first=self.step, depth=recipe.data.prefetch))
         self.record = RunRecord(run, recipe, processes, self.state, console, began=began, peak=self.peak, stack=stack)
-        self.evaluated: tuple[int, float] | None = None  # the last step that was, and its held-out loss
+        self.evaluated: tuple[int, HeldOut] | None = None  # the last step that was, and how it was
         self.stops_early = self._no_longer_improves()
         self.health = self._health_check()
         stack.enter_context(hang_watch(run, processes.rank, recipe.health.hang_minutes))
+        if self.step < recipe.steps and processes.first:
+            (run / SUMMARY).unlink(missing_ok=True)  # of a run that had finished and now has more steps to go
         self.record.start()
 
     @property
@@ -141,21 +147,23 @@ class _Training:
 
     def go(self) -> Outcome:
         """Step after step to the end of the recipe, or until asked to stop."""
-        if self.step == 0:
-            self._evaluate(self.recipe.evaluation.windows)
+        if self._evaluation_missing():
+            self._evaluate()
         while self.step < self.recipe.steps and not self.stops_early and not self._asked_to_stop():
             if not self._one_step():
                 continue
             if self._evaluation_due():
-                self._evaluate(self.recipe.evaluation.windows)
-                self.stops_early = self._no_longer_improves()
+                self._evaluate()
             if self._checkpoint_due():
                 self._checkpoint()
         if self.state.saved_step < self.step:
             self._checkpoint()
         self.state.writer.wait()
         alive()
-        return self._finish() if self.step == self.recipe.steps or self.stops_early else self._leave()
+        if self.step == self.recipe.steps or self.stops_early:
+            with suppress(ScoringStopped):
+                return self._finish()
+        return self._leave()
 
     def _one_step(self) -> bool:
         """The next step, recorded; False: the run went back on it."""
@@ -228,13 +236,28 @@ class _Training:
         every = self.recipe.evaluation.every
         return every > 0 and self.step % every == 0 and self.step < self.recipe.steps
 
-    def _evaluate(self, windows: int, *, averaged: bool = False) -> dict[str, dict[str, float]]:
-        """Score the held-out text and record it; `averaged`: with the averaged weights too, where they are kept."""
-        results = self._score(windows)
-        if averaged and self.state.average is not None:
+    def _evaluation_missing(self) -> bool:
+        """Whether the run came to its step without scoring it: it begins, or was asked to stop meanwhile."""
+        if self.step and not self._evaluation_due():
+            return False
+        return self.processes.first_decides(
+            lambda: all(line["step"] != self.step for line in read_metrics(self.run / METRICS)[1])
+        )
+
+    def _evaluate(self) -> None:
+        """Score some of the held-out text and record it, unless the run is asked to stop meanwhile."""
+        with suppress(ScoringStopped):
+            results = self._score(self.recipe.evaluation.windows)
+            self.evaluated = (self.step, HeldOut(results[HELDOUT]["loss"], int(results[HELDOUT]["tokens"])))
+            self.record.evaluation(results)
+            self.stops_early = self._no_longer_improves()
+
+    def _evaluate_all(self) -> dict[str, dict[str, float]]:
+        """Score all held-out text and record it: with the averaged weights too, where they are kept."""
+        results = self._score(windows=0)
+        if self.state.average is not None:
             with self.state.average.in_the_model():
-                results[HELDOUT_AVERAGED] = self._score(windows)[HELDOUT]
-        self.evaluated = (self.step, results[HELDOUT]["loss"])
+                results[HELDOUT_AVERAGED] = self._score(windows=0)[HELDOUT]
         self.record.evaluation(results)
         return results
 
@@ -247,6 +270,7 @@ class _Training:
             micro_batch=self.recipe.batch.micro_batch,
             byte_lengths=self.data.tokenizer.byte_lengths,
             across_documents=self.recipe.data.across_documents,
+            stopped=self._asked_to_stop,
         )
 
     def _no_longer_improves(self) -> bool:
@@ -265,7 +289,7 @@ class _Training:
 
     def _checkpoint(self) -> None:
         started = time.perf_counter()
-        self.state.save(heldout_loss=self.evaluated[1] if self.evaluated and self.evaluated[0] == self.step else None)
+        self.state.save(heldout=self.evaluated[1] if self.evaluated and self.evaluated[0] == self.step else None)
         self.record.checkpoint(time.perf_counter() - started)
 
     def _asked_to_stop(self) -> bool:
@@ -291,7 +315,7 @@ class _Training:
             count = self.recipe.evaluation.stop_after
             self.record.tell(f"stopped early: no better held-out loss in {count} evaluations")
         self.record.tell("scoring all held-out text")
-        results = self._evaluate(windows=0, averaged=True)
+        results = self._evaluate_all()
         with not_watched():  # the first process compresses all held-out text, while the others wait
             report = self.processes.first_decides(lambda: self._conclude(results))
         return Outcome("finished", self.step, self.run, report)

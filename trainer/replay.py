@@ -69,7 +69,15 @@ def replay(run: Path, step: int, say: Callable[[str], None]) -> Replayed:
         check_kernels(process.device, getattr(torch, recipe.compute_dtype))
         check_float8(recipe.float8, generation_of(process.device))
         replaying = _Replaying(recipe, run, process, lines)
-        for earlier in range(replaying.start(step), step):
+        first = replaying.start(step)
+        for needed in range(first, step):
+            if needed not in lines:
+                raise TrainingError(
+                    f"step {step} cannot be taken again: the newest checkpoint before it is "
+                    f"{f'of step {first - 1}' if first > 1 else 'none'}, and {run / METRICS} holds no step {needed} of "
+                    "those between; name with --step one that comes soon after a checkpoint"
+                )
+        for earlier in range(first, step):
             say(f"step {earlier} again, on the way to {step}")
             replaying.take(earlier, replaying.optimizer)
         look = _Look(replaying.model)

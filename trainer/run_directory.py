@@ -23,7 +23,7 @@ RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
 # What may change between the start of a run and its resumption: nothing that decides what is computed (`compile`,
 # `optimizer.implementation`, `batch.micro_batch` and how a model is spread change roundings alone; corpora are compared
-# by what is in them, and their weights with them).
+# by the hashes that they were built with, and their weights with them).
 _FREE_TO_CHANGE = (
     "name", "runs", "run_directory", "evaluation", "sample", "compile", "batch.micro_batch",
     "data.corpus", "data.sources", "data.tokenizer", "data.heldout", "data.prefetch", "optimizer.implementation",

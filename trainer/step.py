@@ -22,16 +22,22 @@ from tilewright.kernels.shards import local
 from tilewright.model import Transformer
 from tilewright.trainer.optimization.loss_scale import LossScale
 from tilewright.trainer.parallel.sharding import World
+from tilewright.trainer.parallel.waiting import reduction_marks
 from tilewright.trainer.record.phases import PhaseClock
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes, on the device: see `Transformer.forward`."""
+    """What one forward pass takes, on the device: see `Transformer.forward`.
+
+    Attributes:
+        valid: targets that count, where they were counted before they went to the device.
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor | None
+    valid: int | None = None
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, *, across_documents: bool, length: int | None = None) -> MicroBatch:
@@ -45,11 +51,12 @@ class MicroBatch:
         if length is not None and length < batch.inputs.shape[1]:
             starts.append(np.arange(0, batch.inputs.size + 1, length, dtype=np.int32))
         segments = torch.from_numpy(np.unique(np.concatenate(starts))).to(device) if starts else None
-        return cls(torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.targets).to(device), segments)
+        inputs, targets = (torch.from_numpy(x).to(device) for x in (batch.inputs, batch.targets))
+        return cls(inputs, targets, segments, valid=int((batch.targets != IGNORE).sum()))
 
     def valid_tokens(self) -> int:
         """Targets that count."""
-        return int((self.targets != IGNORE).sum())
+        return int((self.targets != IGNORE).sum()) if self.valid is None else self.valid
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class StepResult:
         overflowed: whether they did not for the loss scale alone, which was too large and now is smaller.
         micro_losses: this process's micro-batches' summed losses, in nats, on the device.
         grad_norms: `grad_norm` by place, see `place_of`.
-        seconds: of ``forward``, ``backward`` (with the reduction) and ``optimizer``, in this process.
+        seconds: of ``forward``, ``backward``, ``reduce`` and ``optimizer``, in this process; see `PhaseClock`.
     """
 
     loss: float
@@ -111,6 +118,7 @@ def train_step(
         summed = model(micro.inputs, micro.targets, micro.cu_seqlens)
         clock.begin("backward")
         (summed * (scale if loss_scale is None else scale * loss_scale.scale)).backward()
+        clock.insert(reduction_marks("backward", "reduce"))
         losses.append(summed.detach())
     clock.begin("optimizer")
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]

@@ -26,7 +26,7 @@ from tilewright.trainer.checkpoints.checkpoint import (
     load,
     training_state,
 )
-from tilewright.trainer.checkpoints.files import Fingerprint
+from tilewright.trainer.checkpoints.files import Fingerprint, HeldOut
 from tilewright.trainer.checkpoints.reader import find_damage
 from tilewright.trainer.errors import TrainingError
 from tilewright.trainer.optimization.optimizer import build_optimizer
@@ -112,8 +112,16 @@ def test_the_newest_the_nth_and_the_best_are_kept(
     losses = {10: math.nan, 20: 3.0, 30: 2.0, 40: None, 50: 2.5, 60: math.inf}
     with CheckpointWriter(tmp_path, processes, Checkpoints(**options)) as writer:
         for step, loss in losses.items():
-            writer.save({"model.a": torch.zeros(1)}, step, heldout_loss=loss)
+            writer.save({"model.a": torch.zeros(1)}, step, heldout=None if loss is None else HeldOut(loss, 100))
     assert [checkpoint.step for checkpoint in committed(tmp_path)] == kept
+
+
+def test_the_best_over_each_text_is_kept(processes: World, tmp_path: Path) -> None:
+    scores = {10: HeldOut(2.0, 900), 20: HeldOut(3.0, 100), 30: HeldOut(4.0, 100), 40: HeldOut(5.0, 100)}
+    with CheckpointWriter(tmp_path, processes, Checkpoints(keep=1, keep_best=True)) as writer:
+        for step, heldout in scores.items():
+            writer.save({"model.a": torch.zeros(1)}, step, heldout=heldout)
+    assert [checkpoint.step for checkpoint in committed(tmp_path)] == [10, 20, 40]
 
 
 def test_what_killed_runs_left_is_removed_with_the_next_checkpoint(processes: World, saved: Committed) -> None:

@@ -168,6 +168,18 @@ def test_a_step_taken_again_is_the_step_that_was(tiny_recipe: Write, capsys: pyt
     assert "has recorded no step 13; its steps are 1 to 12" in capsys.readouterr().err
 
 
+def test_steps_that_the_record_lacks_cannot_be_taken_on_the_way(tiny_recipe: Write) -> None:
+    outcome, _ = run(tiny_recipe(steps=6, checkpoints__every=3, sample__prompt=""))
+    path = outcome.run / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] not in (2, 5)]
+    path.write_text("".join(lines))
+    with pytest.raises(TrainingError, match=r"step 3 cannot .* before it is none, and .* holds no step 2 of those"):
+        replay(outcome.run, 3, lambda _: None)
+    with pytest.raises(TrainingError, match=r"step 6 cannot .* is of step 3, and .* holds no step 5 of those"):
+        replay(outcome.run, 6, lambda _: None)
+    assert replay(outcome.run, 4, lambda _: None).step == 4
+
+
 def test_an_incident_that_cannot_be_kept_ends_nothing(tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Path:
         raise OSError(28, "No space left on device")

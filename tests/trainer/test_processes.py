@@ -35,6 +35,8 @@ def test_two_processes_find_the_losses_of_one(tiny_recipe: Write, tmp_path: Path
     recipe = tiny_recipe(model__preset=preset)
     one, two = trained(1, recipe, tmp_path / "one"), trained(2, recipe, tmp_path / "two", "--profile.steps", "[6]")
     assert_same_run(one, two)
+    assert all("reduce" not in line["seconds"] for line in one[0])
+    assert all(line["seconds"]["reduce"] > 0 for line in two[0])
     whole, half = (run[0][-1]["memory"] for run in (one, two))
     for kind in ("parameters", "optimizer"):
         assert half[kind] == pytest.approx(whole[kind] / 2, rel=0.01)

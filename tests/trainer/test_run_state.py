@@ -55,7 +55,7 @@ def test_every_part_of_a_run_comes_back_from_its_newest_checkpoint(start: Start)
     assert (state.step, state.saved_step, state.position.first_sample(0)) == (0, 0, 0)
     for change in (0.5, 0.25):
         take_step(state, change)
-        state.save(heldout_loss=None)
+        state.save(heldout=None)
     state.writer.wait()
     kept = tensors(state)
     take_step(state, 4.0)  # lost with its process
@@ -69,7 +69,7 @@ def test_a_run_that_goes_back_has_what_it_had_there_and_other_samples_ahead_also
 ) -> None:
     state = start()
     take_step(state, 0.5)
-    state.save(heldout_loss=None)
+    state.save(heldout=None)
     kept = tensors(state)
     for change in (0.25, 4.0):
         take_step(state, change)

@@ -2,14 +2,18 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from tilewright.trainer import TrainingError
+from tilewright.trainer import TrainingError, loop
 from tilewright.trainer.loop import train
 from tilewright.trainer.recipe.file import load_recipe
 from tilewright.trainer.record.metrics import read_metrics
@@ -51,6 +55,53 @@ def test_a_finished_run_goes_on_for_more_steps_with_a_restart(tiny_recipe: Write
     assert (outcome.status, outcome.step) == ("finished", 10)
     with pytest.raises(TrainingError, match=r"steps is 8, and .*named has come to step 10 already; raise steps"):
         run(recipe, *name, "--steps", "8")
+
+
+@pytest.mark.parametrize(
+    "refused", [["--optimizer.groups", "[{match: nothing}]"], ["--activation_checkpointing.keep", "[nothing]"]]
+)
+def test_a_start_that_is_refused_leaves_the_run_as_it_was(tiny_recipe: Write, refused: list[str]) -> None:
+    recipe = tiny_recipe(
+        steps=4, checkpoints__every=2, sample__prompt="", activation_checkpointing={"mode": "selective"}
+    )
+    outcome, _ = run(recipe)
+    named = ["--run_directory", str(outcome.run), "--steps", "6"]
+    before = {path.name: path.read_bytes() for path in outcome.run.iterdir() if path.is_file()}
+    with pytest.raises(TrainingError):
+        run(recipe, *named, *refused)
+    assert {path.name: path.read_bytes() for path in outcome.run.iterdir() if path.is_file()} == before
+    assert run(recipe, *named)[0].step == 6
+
+
+@pytest.mark.parametrize("scoring", [1, 2, 3], ids=["before the first step", "on the way", "at the end"])
+def test_a_run_that_is_asked_to_stop_while_it_scores_leaves_at_once_and_scores_when_it_goes_on(
+    tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scoring: int
+) -> None:
+    recipe = tiny_recipe(steps=4, evaluation={"every": 2, "windows": 2}, checkpoints__every=0, sample__prompt="")
+    whole, _ = run(recipe, "--run_directory", str(tmp_path / "whole"))
+    named = ["--run_directory", str(tmp_path / "stopped")]
+    evaluate, times = loop.evaluate, 0
+
+    def interrupted(*arguments: Any, stopped: Callable[[], bool], **options: Any) -> Any:
+        nonlocal times
+        times += 1
+
+        def asked() -> bool:
+            if times == scoring:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return stopped()
+
+        return evaluate(*arguments, stopped=asked, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        outcome, said = run(recipe, *named)
+    assert (outcome.status, outcome.step, times) == ("stopped", 2 * (scoring - 1), scoring)
+    assert "s after SIGTERM; the same command goes on from there" in said
+    assert run(recipe, *named)[0].status == "finished"
+    records = [read_metrics(path / "metrics.jsonl") for path in (whole.run, outcome.run)]
+    assert records[0][1] == records[1][1]  # evaluations
+    assert [line["loss"] for line in records[0][0]] == [line["loss"] for line in records[1][0]]
 
 
 @pytest.mark.parametrize("optimizer", [{"kind": "muon"}, {"implementation": "tilewright", "state_dtype": "bfloat16"}])

@@ -12,6 +12,7 @@ import torch
 
 from tilewright.cli.main import main
 from tilewright.trainer.checkpoints.checkpoint import MARKER, CheckpointWriter, Committed, committed, load
+from tilewright.trainer.checkpoints.files import HeldOut
 from tilewright.trainer.checkpoints.storage import RemotePath, location, write_whole
 from tilewright.trainer.data import CORPUS
 from tilewright.trainer.errors import TrainingError
@@ -186,14 +187,14 @@ def test_the_best_stays_though_the_store_does_not_say_that_it_is(
 ) -> None:
     run = tmp_path / "run"
     with CheckpointWriter(run, processes, Checkpoints(keep=1, keep_best=True, folder=store())) as writer:
-        writer.save(state_of(1), 1, heldout_loss=2.0)
-        writer.save(state_of(2), 2, heldout_loss=3.0)
+        writer.save(state_of(1), 1, heldout=HeldOut(2.0, 100))
+        writer.save(state_of(2), 2, heldout=HeldOut(3.0, 100))
         writer.wait()
         store(unread="step-00000001/COMMITTED")
-        writer.save(state_of(3), 3, heldout_loss=4.0)
+        writer.save(state_of(3), 3, heldout=HeldOut(4.0, 100))
         writer.wait()
         assert steps(committed(run, store(unread=None))) == [1, 2, 3]
-        writer.save(state_of(4), 4, heldout_loss=5.0)
+        writer.save(state_of(4), 4, heldout=HeldOut(5.0, 100))
     assert steps(committed(run, store())) == [1, 4]
 
 

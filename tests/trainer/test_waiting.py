@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from tilewright.trainer.parallel import waiting
 from tilewright.trainer.parallel.waiting import SlowRanks, shares_behind
+from tilewright.trainer.record import phases
 from tilewright.trainer.record.metrics import read_metrics
 
 Write = Callable[..., Path]
@@ -89,6 +91,18 @@ def test_collectives_between_two_steps_are_no_part_of_a_step(monkeypatch: pytest
     monkeypatch.undo()
     ranks.begin_step()
     assert waiting.waited_seconds() == 0
+
+
+def test_the_reduction_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 20.0, 30.0])
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(waiting, "_reductions", deque([(5.0, 6.0), (8.0, 11.0)]))
+    timed = phases.PhaseClock(torch.device("cpu"))
+    timed.begin("backward")
+    timed.insert(waiting.reduction_marks("backward", "reduce"))
+    timed.begin("optimizer")
+    assert timed.seconds() == {"backward": 16.0, "reduce": 4.0, "optimizer": 10.0}
+    assert waiting.reduction_marks("backward", "reduce") == []
 
 
 @pytest.mark.parametrize("slow", ["1", ""])

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tilewright.trainer.checkpoints.storage import Location, location, remove_folder, size_of, write_whole
 
@@ -26,6 +26,13 @@ class Committed:
 
     path: Location
     step: int
+
+
+class HeldOut(NamedTuple):
+    """How a model was scored: its loss in nats a token, and over how many tokens, which tell the text apart."""
+
+    loss: float
+    tokens: int | None
 
 
 class Fingerprint(NamedTuple):
@@ -79,14 +86,16 @@ def uncommitted_in(folder: Location) -> list[Location]:
     return [checkpoint.path for checkpoint in _named_in(folder) if not (checkpoint.path / MARKER).is_file()]
 
 
-def commit(checkpoint: Committed, files: Mapping[str, Fingerprint], heldout_loss: float | None) -> None:
+def commit(checkpoint: Committed, files: Mapping[str, Fingerprint], heldout: HeldOut | None) -> None:
     """Put the marker in place, whole or not at all, and make the names of all files durable.
 
     Args:
         files: every file of the checkpoint by name; their contents are stored.
-        heldout_loss: of the model in it, in nats a token, where it was evaluated.
+        heldout: of the model in it, where it was evaluated.
     """
-    marker = {"format": FORMAT, "step": checkpoint.step, "heldout_loss": heldout_loss, "files": files}
+    marker: dict[str, Any] = {"format": FORMAT, "step": checkpoint.step, "files": files}
+    if heldout is not None:
+        marker |= {"heldout_loss": heldout.loss, "heldout_tokens": heldout.tokens}
     write_whole(checkpoint.path / MARKER, json.dumps(marker, indent=1))
     if isinstance(checkpoint.path, Path):
         for directory in (checkpoint.path, checkpoint.path.parent, checkpoint.path.parent.parent):
@@ -112,17 +121,18 @@ def marked_files(checkpoint: Committed) -> dict[str, Fingerprint]:
     return files
 
 
-def recorded_loss(checkpoint: Committed) -> float | None:
-    """The loss on held-out text that the marker records, in nats a token; None where there is none.
+def recorded_heldout(checkpoint: Committed) -> HeldOut | None:
+    """What the marker records of held-out text; None where there is nothing, or no number.
 
     Raises:
-        OSError: the marker cannot be read, and may record one.
+        OSError: the marker cannot be read, and may record it.
     """
     try:
-        loss = json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8")).get("heldout_loss")
+        marker = json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8"))
+        loss, tokens = marker.get("heldout_loss"), marker.get("heldout_tokens")
     except (ValueError, AttributeError):
         return None
-    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+    return HeldOut(loss, tokens) if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def discard(path: Location) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tilewright.trainer.build import build
 from tilewright.trainer.checkpoints import checkpoint
+from tilewright.trainer.checkpoints.files import HeldOut
 from tilewright.trainer.health.hang import alive
 from tilewright.trainer.health.rollback import Rollback, Rollbacks
 from tilewright.trainer.optimization.averaging import AVERAGE, WeightAverage
@@ -60,11 +61,11 @@ class RunState:
         if self.average is not None:
             self.average.update(self.step)
 
-    def save(self, *, heldout_loss: float | None) -> None:
+    def save(self, *, heldout: HeldOut | None) -> None:
         """Take a checkpoint; see `CheckpointWriter.save`."""
         tensors = self._tensors()
         alive()
-        self.writer.save(tensors, self.step, heldout_loss=heldout_loss)
+        self.writer.save(tensors, self.step, heldout=heldout)
         alive()
         self.saved_step = self.step
 

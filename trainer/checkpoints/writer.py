@@ -35,12 +35,13 @@ from tilewright.trainer.checkpoints.files import (
     MARKER,
     Committed,
     Fingerprint,
+    HeldOut,
     checkpoint_folder,
     checkpoint_of,
     commit,
     committed_in,
     discard,
-    recorded_loss,
+    recorded_heldout,
     uncommitted_in,
 )
 from tilewright.trainer.checkpoints.storage import Files, Location, remove_folder, size_of
@@ -86,12 +87,12 @@ class CheckpointWriter:
         """Whether the last save ended in an error, which `wait` raises; all processes end in it, not all at once."""
         return self._save is not None and self._save.done() and self._save.exception() is not None
 
-    def save(self, state: dict[str, torch.Tensor], step: int, *, heldout_loss: float | None = None) -> None:
+    def save(self, state: dict[str, torch.Tensor], step: int, *, heldout: HeldOut | None = None) -> None:
         """Take a checkpoint of `state` as it is now; with asynchronous saves it is committed some time later.
 
         Args:
             state: as `training_state` gives it; may be changed as soon as this returns.
-            heldout_loss: of this step's evaluation, in nats a token, where there was one.
+            heldout: of this step's evaluation, where there was one.
 
         Raises:
             TrainingError: there is no room, or the disk fails, for this checkpoint or the one before; what was
@@ -99,7 +100,7 @@ class CheckpointWriter:
         """
         self.wait()
         asynchronous = self._options.asynchronous
-        self._save = self._thread.submit(self._write, staged(state) if asynchronous else state, step, heldout_loss)
+        self._save = self._thread.submit(self._write, staged(state) if asynchronous else state, step, heldout)
         if not asynchronous:
             self.wait()
 
@@ -133,7 +134,7 @@ class CheckpointWriter:
         finally:
             self._thread.shutdown()
 
-    def _write(self, state: dict[str, torch.Tensor], step: int, loss: float | None) -> None:
+    def _write(self, state: dict[str, torch.Tensor], step: int, heldout: HeldOut | None) -> None:
         checkpoint = checkpoint_of(self._folder, step)
         writer = _Writer(checkpoint.path, self._own_part)
         try:
@@ -141,7 +142,7 @@ class CheckpointWriter:
             dcp_save(state, storage_writer=writer, process_group=self._group)
             written = self._together(lambda: self._stored(checkpoint, writer.written))
             files = {name: fingerprint for part in written for name, fingerprint in part.items()}
-            self._together(lambda: self._commit(checkpoint, files, loss))
+            self._together(lambda: self._commit(checkpoint, files, heldout))
         except (OSError, CheckpointException) as error:
             cause = _disk_error(error)
             if cause is None:
@@ -165,10 +166,10 @@ class CheckpointWriter:
                 raise OSError(f"{name} has {size} bytes there where {fingerprint.size} were written")
         return written
 
-    def _commit(self, checkpoint: Committed, files: dict[str, Fingerprint], loss: float | None) -> None:
+    def _commit(self, checkpoint: Committed, files: dict[str, Fingerprint], heldout: HeldOut | None) -> None:
         if not self._world.first:
             return
-        commit(checkpoint, files, loss)
+        commit(checkpoint, files, heldout)
         with contextlib.suppress(OSError):  # it counts; what is in the way is removed after the next one
             old = [other.path for other in superseded(committed_in(self._folder), self._options)]
             for path in [*old, *uncommitted_in(self._folder)]:
@@ -233,13 +234,20 @@ def _use_device(device: torch.device) -> None:
 
 
 def superseded(checkpoints: Sequence[Committed], options: Checkpoints) -> list[Committed]:
-    """Those of a run's checkpoints, oldest first, that are neither among the newest, nor an n-th, nor the best."""
+    """Those of a run's checkpoints, oldest first, that are neither among the newest, nor an n-th, nor the best.
+
+    Losses over different text do not compare: where what is scored has changed, the best over each is kept.
+    """
     kept = {checkpoint.step for checkpoint in checkpoints[-options.keep :]}
     if options.keep_every:
         kept |= {checkpoint.step for checkpoint in checkpoints if checkpoint.step % options.keep_every == 0}
     if options.keep_best:
-        scored = [(loss, other.step) for other in checkpoints if (loss := recorded_loss(other)) is not None]
-        kept |= {min(scored)[1]} if scored else set()
+        best: dict[int | None, tuple[float, int]] = {}
+        for checkpoint in checkpoints:
+            if (heldout := recorded_heldout(checkpoint)) is not None:
+                scored = (heldout.loss, checkpoint.step)
+                best[heldout.tokens] = min(scored, best.get(heldout.tokens, scored))
+        kept |= {step for _, step in best.values()}
     return [checkpoint for checkpoint in checkpoints if checkpoint.step not in kept]
 
 

@@ -25,6 +25,8 @@ class _Watch:
     paused: bool = False
 
 
+# faulthandler takes no time beyond some hundred years.
+_LONGEST_SECONDS = 1e9
 _watch: _Watch | None = None
 _hurried = math.inf  # the limit that `hurry` set, also while no watch is on
 _lock = threading.RLock()  # other threads tell that they are alive while the watch ends
@@ -88,7 +90,8 @@ def alive() -> None:
     """The process is getting on: start the time anew. Does nothing where no watch is on."""
     with _lock:
         if _watch is not None and not _watch.paused and _watch.seconds < math.inf:
-            faulthandler.dump_traceback_later(_watch.seconds, exit=True, file=_watch.file)
+            seconds = min(_watch.seconds, _LONGEST_SECONDS)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=_watch.file)
 
 
 def _pause(paused: bool) -> None:

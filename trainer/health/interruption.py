@@ -1,7 +1,8 @@
 """Stopping between steps when asked: Ctrl-C, the SIGTERM or SIGUSR1 of a cluster, the SIGHUP of a closed terminal.
 
 Slurm sends SIGTERM before it takes a node away, and with ``--signal=USR1@300`` SIGUSR1 so many seconds before that. A
-run leaves within the rest of its step and the writing of one checkpoint, and of the one in flight. ``torchrun`` passes
+run leaves within the rest of its step, or of one batch of an evaluation, which is dropped and made up for when the run
+goes on, and the writing of one checkpoint, and of the one in flight. ``torchrun`` passes
 SIGUSR1 on only where ``--signals-to-handle`` names it, and ends its processes ``--shutdown-timeout`` seconds later, 30
 if it is not told otherwise; where one of them has died, it ends the others with SIGTERM and 30 s, told what it may.
 

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 WINDOW = 32
 _Mark = float | torch.cuda.Event
 _spans: deque[tuple[_Mark, _Mark]] = deque(maxlen=100_000)  # nobody may ask, as where a run is only scored
+_reductions: deque[tuple[_Mark, _Mark]] = deque(maxlen=100_000)  # those of gradients
 
 
 class Slowest(TypedDict):
@@ -62,7 +63,7 @@ class SlowRanks:
         self._named: list[int] = []
         self._on = shards > 1 and share > 0
         _spans.clear()
-        if self._on:
+        if shards > 1:
             time_collectives(model)
 
     def begin_step(self) -> None:
@@ -121,6 +122,32 @@ def time_collectives(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(_TimedAllGather())  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(_TimedReduceScatter())  # type: ignore[arg-type]
+            if next(module.parameters()).device.type == "cpu":
+                module.set_all_reduce_hook(_lengthen_reduction)
+
+
+def reduction_marks(backward: str, reduce: str) -> list[tuple[str, _Mark]]:
+    """For a `PhaseClock`: where the reductions of the backward pass that has ended began, and where it went on.
+
+    On a GPU reductions run beside the backward pass; what counts is the rest from the beginning of the last one, which
+    waits for the last gradient, so that nothing runs beside it any more.
+    """
+    if not _reductions:
+        return []
+    (last, _), marks = _reductions[-1], list[tuple[str, _Mark]]()
+    if isinstance(last, float):
+        for start, end in _reductions:
+            marks += [(reduce, start), (backward, end)]
+    else:
+        marks = [(reduce, last)]
+    _reductions.clear()
+    return marks
+
+
+def _lengthen_reduction(_: torch.Tensor) -> None:
+    """The last reduction goes on to here: over the replicas, where there are any."""
+    if _reductions:
+        _reductions[-1] = (_reductions[-1][0], time.perf_counter())
 
 
 @contextmanager
@@ -172,4 +199,6 @@ class _TimedReduceScatter(_Allocated):
         async_op: bool = False,
     ) -> Any:  # fmt: skip
         with waiting(input_tensor.device):
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+            work = dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        _reductions.append(_spans[-1])
+        return work

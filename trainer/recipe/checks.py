@@ -32,7 +32,7 @@ def check_recipe(recipe: Recipe) -> None:
         "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1, "parallel.replicas": 1,
         "health.hang_minutes": 0, "health.stop_seconds": 0, "health.slow_rank": 0,
         "parallel.prefetch": 0, "activation_checkpointing.budget": 0, "data.prefetch": 0,
-        "health.rollbacks": 1,
+        "health.rollbacks": 1, "health.bad_steps": 1, "health.spike_score": 0, "health.spike_window": 4,
     }  # fmt: skip
     for key, least in at_least.items():
         value = _get(recipe, key)
@@ -49,6 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"evaluation.stop_after is {recipe.evaluation.stop_after} and evaluation.every 0, so there is nothing to "
             "stop by; set evaluation.every"
         )
+    _check_folders(recipe)
     # A password may hold a slash; what follows a colon and is a number up to the first slash is a port.
     port = r"(?:\[[^]]*\](?::\d+)?|[^/@:]*:\d+)(?:/|$)"
     if re.search(rf"://(?!{port})[^/@]*:.*@", recipe.checkpoints.folder):
@@ -78,6 +79,12 @@ def check_recipe(recipe: Recipe) -> None:
         )
     _check_seen(recipe)
     _check_float8(recipe)
+    try:
+        recipe.sample.prompt.encode()
+    except UnicodeEncodeError:
+        raise TrainingError(
+            f"sample.prompt is {recipe.sample.prompt!r}, which is not text; write it in UTF-8"
+        ) from None
     if not recipe.seed < 2**63:
         raise TrainingError(f"seed is {recipe.seed}; it must be less than 2**63")
     if recipe.data.sequence_length > recipe.model.max_sequence_length:
@@ -110,6 +117,22 @@ def _check_sources(data: Data) -> None:
         whole_shares([source.weight for source in data.sources])
     except CorpusError as error:
         raise TrainingError(f"data.sources does not fit: {error}") from None
+
+
+def _check_folders(recipe: Recipe) -> None:
+    for key in ("runs", "run_directory", "checkpoints.folder"):
+        folder = _get(recipe, key) or ""
+        if folder.startswith("~"):
+            raise TrainingError(f"{key} is {folder}, whose ~ nothing here stands for; write the whole path")
+        if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", folder):
+            raise TrainingError(
+                f"{key} is {folder}, which is no URL, and as a path would be a folder named "
+                f"{folder.partition('/')[0]}; write {folder.replace(':/', '://', 1)}, or ./ before it"
+            )
+    if recipe.checkpoints.folder.startswith("memory:"):
+        raise TrainingError(
+            f"checkpoints.folder is {recipe.checkpoints.folder}, which ends with the process; name a folder that stays"
+        )
 
 
 def _check_stages(recipe: Recipe) -> None:

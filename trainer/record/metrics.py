@@ -52,8 +52,8 @@ class TrainingLine(TypedDict):
         checkpoint_in_flight: whether a checkpoint was being written when the step began.
         grad_norms: the same by block, and by module where in none.
         seconds: what parts of the step took in the process that records: ``data`` (waiting), ``forward``, ``backward``
-            (with the reduction that overlaps it), ``optimizer``, and ``checkpoint``, the last one's, where one came
-            between this step and the one before.
+            ``reduce`` (of gradients, where nothing overlaps it; where there are processes to reduce over),
+            ``optimizer``, and ``checkpoint``, the last one's, where one came between this step and the one before.
         skipped: whether the weights stayed as they were: the gradient was not finite, or the loss a spike.
         profiled: whether the step was slowed down by the profiler; it says nothing of the speed of the others.
         slowest_rank: every 32nd step, the process that the others waited for most, see

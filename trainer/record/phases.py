@@ -1,10 +1,11 @@
-"""Where the time of a step goes: forward, backward (with the reduction that overlaps it), optimizer."""
+"""Where the time of a step goes: forward, backward, the reduction of gradients that nothing overlaps, optimizer."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 
@@ -24,6 +25,10 @@ class PhaseClock:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self._marks.append((phase, event))
+
+    def insert(self, marks: Iterable[tuple[str, float | torch.cuda.Event]]) -> None:
+        """Phases that have begun since the last one did, with the times at which they did."""
+        self._marks += marks
 
     def seconds(self) -> dict[str, float]:
         """End the last phase; the seconds of each, once the device has come so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -169,7 +170,9 @@ class RunRecord:
         path = self._run / METRICS
         if self._state.step == 0 and path.exists():
             # Killed before its first checkpoint, or its checkpoints are gone: what it recorded is kept.
-            path.replace(path.with_name("metrics-before.jsonl"))
+            with path.with_name("metrics-before.jsonl").open("ab") as before, path.open("rb") as recorded:
+                shutil.copyfileobj(recorded, before)
+            path.unlink()
         metrics = Metrics(self._run, resume_step=self._state.step, send=self._observation.send)
         stack.callback(metrics.close)
         return metrics
