@@ -76,7 +76,7 @@ def main() -> None:
         parser.error(f"--rounds is {arguments.rounds}, of which no interval can be made; at least {LEAST_ROUNDS}")
     if min(arguments.classes) < 2:
         parser.error(f"--classes is {min(arguments.classes)}; at least 2 make a loss")
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a file has room for the table
     holds = [
         compare(classes, getattr(torch, dtype), arguments.rounds, console)
         for dtype in arguments.dtypes
