@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from tilewright.trainer.trained import evaluate_run
 
     step, results = evaluate_run(arguments.run_directory, averaged=arguments.averaged)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # all processes of torchrun have the same results, and the first one tells them
     if arguments.json:
         print(json.dumps({"step": step, "eval": results}))
         return 0

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed.checkpoint.filesystem as dcp_filesystem
 
 from tilewright.cli.main import main
+from tilewright.trainer import trained
 
 Write = Callable[..., Path]
 
@@ -234,6 +235,17 @@ def test_ranks_without_a_place_to_meet(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert "start them with torchrun" in refused(capsys, "train", str(tiny_recipe()))
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_the_processes_of_torchrun_the_first_one_tells_the_score(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, lines: int
+) -> None:
+    score = {"bits_per_byte": 1.0, "loss": 1.0, "perplexity": 2.0, "tokens": 3.0}
+    monkeypatch.setattr(trained, "evaluate_run", lambda *_, **__: (5, {"heldout": score}))
+    monkeypatch.setenv("RANK", rank)
+    assert main(["evaluate", "run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

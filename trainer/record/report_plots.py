@@ -20,7 +20,7 @@ _Series = npt.NDArray[np.float64]
 
 _FIRST, _SECOND, _THIRD, *_ = COLORS
 # Parts of a whole, from the bottom up, each in its colour.
-_PHASES = {"forward": 0, "backward": 1, "reduce": 5, "optimizer": 2, "data": 3, "checkpoint": 4, "other": 7}
+_PHASES = {"forward": 0, "backward": 1, "reduce": 6, "optimizer": 2, "data": 3, "checkpoint": 4, "other": 7}
 _KINDS = {"parameters": 0, "optimizer": 2, "average": 6, "gradients": 1, "whole_weights": 5, "activations": 3}
 # More than a page's width can show; the extremes of each stretch stay, so that no spike is lost.
 _MOST_POINTS = 1000
