@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,8 +61,8 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("norm_eps", "rotary_base", "initial_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ModelConfigError(f"model.{name} is {getattr(self, name)}; it must be more than 0")
+            if not 0 < getattr(self, name) < 2**63:  # what the kernels take
+                raise ModelConfigError(f"model.{name} is {getattr(self, name)}; it must be more than 0 and below 2**63")
         if self.heads % self.kv_heads:
             raise ModelConfigError(
                 f"model.heads is {self.heads}, which model.kv_heads ({self.kv_heads}) does not divide; "

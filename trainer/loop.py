@@ -238,11 +238,8 @@ class _Training:
 
     def _evaluation_missing(self) -> bool:
         """Whether the run came to its step without scoring it: it begins, or was asked to stop meanwhile."""
-        if self.step and not self._evaluation_due():
-            return False
-        return self.processes.first_decides(
-            lambda: all(line["step"] != self.step for line in read_metrics(self.run / METRICS)[1])
-        )
+        due = self.step == 0 or self._evaluation_due()
+        return due and not self.processes.first_decides(self.record.has_evaluation)
 
     def _evaluate(self) -> None:
         """Score some of the held-out text and record it, unless the run is asked to stop meanwhile."""

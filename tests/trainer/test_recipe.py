@@ -93,6 +93,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             r"optimizer.betas is \(2.0, 0.9\); each must be at least 0",
         ),
         (["--model.rotary_base", "0"], r"model.rotary_base is 0.0; it must be more than 0"),
+        (["--model.norm_eps", "1.0e300"], r"norm_eps is 1e\+300; it must be more than 0 and below 2\*\*63"),
+        (["--data.prefetch", "1000000"], "data.prefetch is 1000000 steps, .* set it to 1024 at most"),
         (["--health.spike_window", "0"], "health.spike_window is 0; it must be 4 or more"),
         (["--health.spike_score", ".nan"], "health.spike_score is nan; it must be 0 or more"),
         (["--health.bad_steps", "0"], "health.bad_steps is 0; it must be 1 or more"),

@@ -38,6 +38,10 @@ def check_recipe(recipe: Recipe) -> None:
         value = _get(recipe, key)
         if not least <= value < math.inf:
             raise TrainingError(f"{key} is {value}; it must be {least} or more")
+    if recipe.data.prefetch > 1024:
+        raise TrainingError(
+            f"data.prefetch is {recipe.data.prefetch} steps, all of which are held in memory; set it to 1024 at most"
+        )
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
         raise TrainingError(f"optimizer.betas is {recipe.optimizer.betas}; each must be at least 0 and less than 1")
     _check_sources(recipe.data)

@@ -140,6 +140,10 @@ class Metrics:
         with _explained(self._path.parent):
             self._events.flush()
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether one is recorded of this step."""
+        return any(evaluated == step for evaluated, *_ in self._evaluated)
+
     def roll_back(self, step: int) -> None:
         """The run goes on from `step` again: lines of later steps move to ``metrics-rolled-back.jsonl``."""
         with _explained(self._path.parent):

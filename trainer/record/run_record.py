@@ -146,6 +146,10 @@ class RunRecord:
         self._display.evaluation(self._state.step, results)
         self._observation.update_page()
 
+    def has_evaluation(self) -> bool:
+        """On the first process: whether one is recorded after the last step."""
+        return self._metrics is not None and self._metrics.has_evaluation(self._state.step)
+
     def checkpoint(self, seconds: float) -> None:
         """A checkpoint was taken, which kept training for `seconds`."""
         self._checkpoint_seconds = {"checkpoint": seconds}
