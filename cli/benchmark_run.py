@@ -141,6 +141,10 @@ def _read(output: Path, failures: dict[str, str]) -> dict[str, Any]:
     return record
 
 
+# Between two lines about the same op.
+_TELL_SECONDS = 60.0
+
+
 class _Progress:
     """A pytest plugin: a bar over the rows, the present one's name, and what failed."""
 
@@ -151,7 +155,7 @@ class _Progress:
         # What the tests print would otherwise be written through the bar.
         self._bar = Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False)
         self._task = self._bar.add_task("preparing", total=None)
-        self._case = ""
+        self._case, self._told = "", 0.0
         self.failures: dict[str, str] = {}
 
     def __enter__(self) -> _Progress:
@@ -167,11 +171,13 @@ class _Progress:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         name = _name(nodeid)
         self._bar.update(self._task, description=name)
-        case = name.partition("-")[0]
-        if not self._bar.console.is_terminal and case != self._case:  # in a file a bar would say nothing until the end
+        case, now = name.partition("-")[0], time.monotonic()
+        # In a file a bar would say nothing until the end.
+        if not self._bar.console.is_terminal and (case != self._case or now - self._told > _TELL_SECONDS):
             self._bar.console.print(
-                f"[{self._bar.tasks[0].completed:.0f}/{self._bar.tasks[0].total}] {case}", markup=False
+                f"[{self._bar.tasks[0].completed:.0f}/{self._bar.tasks[0].total}] {name}", markup=False
             )
+            self._told = now
         self._case = case
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
