@@ -182,9 +182,9 @@ def cases(size: int) -> list[Case]:
     modes = [ActivationCheckpointing(mode=mode) for mode in ("none", "selective", "full")]
     data = list(itertools.product((1, 4), (False, True), (False, True)))
     matrix = [Case(layout, *rest, mode) for layout in layouts for rest in data for mode in modes]
-    # What only a compiled block can do, once for each layout and once in everything ragged.
+    # What only a compiled block can do.
     budget = ActivationCheckpointing(mode="budget", budget=0.3)
-    return [*matrix, *(Case(layout, 4, True, True, budget, compile=True) for layout in layouts)]
+    return [*matrix, *(Case(layout, *rest, budget, compile=True) for layout in layouts for rest in data)]
 
 
 def main() -> int:

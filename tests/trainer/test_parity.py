@@ -10,7 +10,7 @@ import pytest
 WORKER = Path(__file__).with_name("parity_worker.py")
 
 
-@pytest.mark.parametrize(("processes", "cases"), [(1, 25), (2, 125), (4, 125)])
+@pytest.mark.parametrize(("processes", "cases"), [(1, 32), (2, 160), (4, 160)])
 def test_loss_gradients_and_traffic_are_those_of_one_process_on_the_whole_batch(processes: int, cases: int) -> None:
     """FSDP and HSDP, reduced after each micro-batch or the last, 1 or 4 of them, ragged or even, packed or not, with
     every mode of activation checkpointing: see `parity_worker`."""
