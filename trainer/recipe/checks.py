@@ -11,7 +11,7 @@ from tilewright.corpus import CorpusError, whole_shares
 from tilewright.trainer.errors import TrainingError
 
 if TYPE_CHECKING:
-    from tilewright.trainer.recipe import Data, Optimizer, Recipe, Schedule
+    from tilewright.trainer.recipe import ActivationCheckpointing, Data, Optimizer, Recipe, Schedule
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -22,26 +22,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if "/" in recipe.name or recipe.name in ("", ".", ".."):
         raise TrainingError(f"name is {recipe.name!r}; it names the run directory, so it must be a plain file name")
-    at_least = {
-        "steps": 1, "data.sequence_length": 1, "batch.sequences": 1, "batch.micro_batch": 1,
-        "schedule.warmup_steps": 0, "schedule.decay_steps": 0, "evaluation.every": 0, "evaluation.windows": 0,
-        "evaluation.stop_after": 0, "evaluation.stop_margin": 0, "schedule.restart_peak": 0,
-        "checkpoints.every": 0, "checkpoints.keep": 1, "checkpoints.keep_every": 0,
-        "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
-        "optimizer.eps": 0, "optimizer.weight_decay": 0, "schedule.final_fraction": 0, "seed": 0,
-        "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1, "parallel.replicas": 1,
-        "health.hang_minutes": 0, "health.stop_seconds": 0, "health.slow_rank": 0,
-        "parallel.prefetch": 0, "activation_checkpointing.budget": 0, "data.prefetch": 0,
-        "health.rollbacks": 1, "health.bad_steps": 1, "health.spike_score": 0, "health.spike_window": 4,
-    }  # fmt: skip
-    for key, least in at_least.items():
-        value = _get(recipe, key)
-        if not least <= value < math.inf:
-            raise TrainingError(f"{key} is {value}; it must be {least} or more")
-    if recipe.data.prefetch > 1024:
-        raise TrainingError(
-            f"data.prefetch is {recipe.data.prefetch} steps, all of which are held in memory; set it to 1024 at most"
-        )
+    _check_ranges(recipe)
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
         raise TrainingError(f"optimizer.betas is {recipe.optimizer.betas}; each must be at least 0 and less than 1")
     _check_sources(recipe.data)
@@ -54,33 +35,8 @@ def check_recipe(recipe: Recipe) -> None:
             "stop by; set evaluation.every"
         )
     _check_folders(recipe)
-    # A password may hold a slash; what follows a colon and is a number up to the first slash is a port.
-    port = r"(?:\[[^]]*\](?::\d+)?|[^/@:]*:\d+)(?:/|$)"
-    if re.search(rf"://(?!{port})[^/@]*:.*@", recipe.checkpoints.folder):
-        raise TrainingError(
-            "checkpoints.folder is a URL with a user and a password, which would be shown wherever the recipe is; give "
-            "them in the environment or in fsspec's configuration instead"
-        )
-    together = math.lcm(recipe.evaluation.every, recipe.checkpoints.every)
-    if recipe.checkpoints.keep_best and not 0 < together < recipe.steps:
-        raise TrainingError(
-            f"checkpoints.keep_best is true, but no step before the last is both evaluated (evaluation.every "
-            f"{recipe.evaluation.every}) and saved (checkpoints.every {recipe.checkpoints.every}); set both to the same"
-        )
-    if recipe.health.spike == "rollback" and not recipe.checkpoints.every:
-        raise TrainingError(
-            "health.spike is 'rollback' and checkpoints.every 0, so there is no checkpoint to go back to; set "
-            "checkpoints.every"
-        )
-    if recipe.activation_checkpointing.budget > 1:
-        raise TrainingError(
-            f"activation_checkpointing.budget is {recipe.activation_checkpointing.budget}; it must be between 0 and 1"
-        )
-    if recipe.activation_checkpointing.mode == "budget" and not recipe.compile:
-        raise TrainingError(
-            "activation_checkpointing.mode is 'budget', which the compiler keeps to, and compile is false; "
-            "set compile to true or take another mode"
-        )
+    _check_checkpoints(recipe)
+    _check_activations(recipe.activation_checkpointing, compiled=recipe.compile)
     _check_seen(recipe)
     _check_float8(recipe)
     try:
@@ -103,6 +59,29 @@ def _get(recipe: Recipe, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    at_least = {
+        "steps": 1, "data.sequence_length": 1, "batch.sequences": 1, "batch.micro_batch": 1,
+        "schedule.warmup_steps": 0, "schedule.decay_steps": 0, "evaluation.every": 0, "evaluation.windows": 0,
+        "evaluation.stop_after": 0, "evaluation.stop_margin": 0, "schedule.restart_peak": 0,
+        "checkpoints.every": 0, "checkpoints.keep": 1, "checkpoints.keep_every": 0,
+        "optimizer.learning_rate": 0, "optimizer.max_grad_norm": 0,
+        "optimizer.eps": 0, "optimizer.weight_decay": 0, "schedule.final_fraction": 0, "seed": 0,
+        "sample.tokens": 0, "sample.temperature": 0, "sample.top_k": 1, "parallel.replicas": 1,
+        "health.hang_minutes": 0, "health.stop_seconds": 0, "health.slow_rank": 0,
+        "parallel.prefetch": 0, "activation_checkpointing.budget": 0, "data.prefetch": 0,
+        "health.rollbacks": 1, "health.bad_steps": 1, "health.spike_score": 0, "health.spike_window": 4,
+    }  # fmt: skip
+    for key, least in at_least.items():
+        value = _get(recipe, key)
+        if not least <= value < math.inf:
+            raise TrainingError(f"{key} is {value}; it must be {least} or more")
+    if recipe.data.prefetch > 1024:
+        raise TrainingError(
+            f"data.prefetch is {recipe.data.prefetch} steps, all of which are held in memory; set it to 1024 at most"
+        )
 
 
 def _check_sources(data: Data) -> None:
@@ -136,6 +115,37 @@ def _check_folders(recipe: Recipe) -> None:
     if recipe.checkpoints.folder.startswith("memory:"):
         raise TrainingError(
             f"checkpoints.folder is {recipe.checkpoints.folder}, which ends with the process; name a folder that stays"
+        )
+
+
+def _check_checkpoints(recipe: Recipe) -> None:
+    # A password may hold a slash; what follows a colon and is a number up to the first slash is a port.
+    port = r"(?:\[[^]]*\](?::\d+)?|[^/@:]*:\d+)(?:/|$)"
+    if re.search(rf"://(?!{port})[^/@]*:.*@", recipe.checkpoints.folder):
+        raise TrainingError(
+            "checkpoints.folder is a URL with a user and a password, which would be shown wherever the recipe is; give "
+            "them in the environment or in fsspec's configuration instead"
+        )
+    together = math.lcm(recipe.evaluation.every, recipe.checkpoints.every)
+    if recipe.checkpoints.keep_best and not 0 < together < recipe.steps:
+        raise TrainingError(
+            f"checkpoints.keep_best is true, but no step before the last is both evaluated (evaluation.every "
+            f"{recipe.evaluation.every}) and saved (checkpoints.every {recipe.checkpoints.every}); set both to the same"
+        )
+    if recipe.health.spike == "rollback" and not recipe.checkpoints.every:
+        raise TrainingError(
+            "health.spike is 'rollback' and checkpoints.every 0, so there is no checkpoint to go back to; set "
+            "checkpoints.every"
+        )
+
+
+def _check_activations(checkpointing: ActivationCheckpointing, compiled: bool) -> None:
+    if checkpointing.budget > 1:
+        raise TrainingError(f"activation_checkpointing.budget is {checkpointing.budget}; it must be between 0 and 1")
+    if checkpointing.mode == "budget" and not compiled:
+        raise TrainingError(
+            "activation_checkpointing.mode is 'budget', which the compiler keeps to, and compile is false; "
+            "set compile to true or take another mode"
         )
 
 
