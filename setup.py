@@ -24,6 +24,7 @@ setup(
         **{f"tilewright.{folder}": ["py.typed"] for folder in FOLDERS},
         "tilewright.kernels": ["py.typed", "tables/*.json"],  # launch configurations as measured on GPUs
         "tilewright.recipes": ["*.yaml", "py.typed"],
+        "tilewright.trainer": ["py.typed", "*.cpp"],  # compiled where it is used
     },
     install_requires=[
         "torch>=2.13",

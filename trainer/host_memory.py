@@ -1,15 +1,32 @@
-"""Host memory as glibc's allocator has it: what is in use, and that freed memory is kept for the next step on CPU."""
+"""Host memory in training on CPU: what is in use, and that freed memory serves the next step.
+
+A step frees and takes the same buffers again and again. Small ones are left to glibc's allocator, told to keep what is
+freed; large ones go to the allocator of `host_memory.cpp`, which leaves no gaps between them.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
+
+import torch
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _LARGEST_INT = 2**31 - 1
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_log = logging.getLogger(__name__)
 
 
 class _MallocInfo(ctypes.Structure):
@@ -39,15 +56,21 @@ def allocated_bytes() -> int | None:
     if ask is None:
         return None
     info = ask()
-    return int(info.uordblks + info.hblkhd)
+    pool = _pool() if _installed else None
+    return int(info.uordblks + info.hblkhd) + (pool.tilewright_live_bytes() if pool else 0)
+
+
+_installed = False
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's allocator keep what is freed instead of returning it to the system.
+    """Have memory that is freed on CPU kept for what is allocated next, instead of returned to the system.
 
-    A training step frees and takes the same buffers again and again. Each page that went back is a page fault and zeros
-    to write when it returns: about a tenth of a small step. Other C libraries are left alone.
+    Each page that went back is a page fault and zeros to write when it returns: about a tenth of a small step. Without
+    glibc, or without Linux and a C++ compiler (which compiling a model for CPUs takes too), the respective part is left
+    as it is.
     """
+    global _installed
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -55,3 +78,41 @@ def keep_freed_memory() -> None:
     # From the heap, whatever their size: a mapping of its own is returned as soon as it is freed.
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    if not _installed and (pool := _pool()) is not None:
+        pool.tilewright_install()
+        _installed = True
+
+
+@functools.cache
+def _pool() -> ctypes.CDLL | None:
+    """`host_memory.cpp`, compiled for this PyTorch and kept in the user's cache; None where it cannot be."""
+    if sys.platform != "linux":
+        return None
+    root = Path(torch.__file__).parent
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        _log.info("large buffers stay with malloc: there is no C++ compiler")
+        return None
+    options = [
+        "-O2", "-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-I{root / 'include'}",
+    ]  # fmt: skip
+    libraries = [f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+    made_of = "\0".join([_SOURCE.read_text(), torch.__version__, compiler, *options, *libraries])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewright"
+    library = cache / f"host_memory-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    try:
+        if not library.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            # Complete before it has its name: another process may be looking for it.
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                made = Path(folder) / library.name
+                command = [compiler, *options, str(_SOURCE), "-o", str(made), *libraries]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                os.replace(made, library)
+        loaded = ctypes.CDLL(str(library))
+        loaded.tilewright_live_bytes.restype = ctypes.c_size_t
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        _log.info("large buffers stay with malloc: %s", error)
+        return None
+    return loaded

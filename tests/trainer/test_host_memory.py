@@ -1,0 +1,147 @@
+"""Memory that is freed on CPU and serves again: each case in a process of its own, whose allocator it changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator, and Linux's mremap")
+
+SETTING = """
+import os, re, sys
+import torch
+from tilewright.trainer import host_memory
+from tilewright.trainer.host_memory import allocated_bytes, keep_freed_memory
+
+def resident(which="VmRSS"):
+    return int(re.search(which + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+"""
+
+
+def output_of(script: str, **environment: str) -> str:
+    command = [sys.executable, "-c", SETTING + script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_stays_with_the_process(kept: bool) -> None:
+    returned = output_of(f"""
+if {kept}: keep_freed_memory()
+x = torch.ones(50_000_000)
+before = resident()
+del x
+print(before - resident())
+""")
+    assert (int(returned) < 2**20) is kept
+
+
+def test_buffers_of_other_sizes_are_made_of_freed_ones() -> None:
+    """A heap would take the 8 buffers of 24 MB from beyond the gaps that every other one of 16 MB has left."""
+    script = """
+if {kept}: keep_freed_memory()
+small = [torch.ones(4 * 2**20) for _ in range(24)]
+most = resident()
+kept = small[::2]
+del small
+large = [torch.ones(6 * 2**20) for _ in range(8)]
+assert all(bool((x == 1).all()) for x in kept + large)
+print(resident("VmHWM") - most)
+"""
+    assert int(output_of(script.format(kept=True))) < 2**24
+    heap = "import ctypes; ctypes.CDLL(None).mallopt(-4, 0)\n"  # without a compiler, this is all there is
+    assert int(output_of(heap + script.format(kept=False))) > 2**27
+
+
+def test_no_buffer_changes_another() -> None:
+    """Buffers of random sizes come and go in two threads; each holds a number of its own, to its last byte."""
+    output_of("""
+import random, threading
+keep_freed_memory()
+problems = []
+def churn(seed):
+    choose, held = random.Random(seed), {}
+    for number in range(300):
+        if len(held) > 12 or (held and choose.random() < 0.4):
+            key, x = held.popitem() if choose.random() < 0.5 else (k := next(iter(held)), held.pop(k))
+            if not bool((x == key).all()):
+                problems.append(key)
+            del x
+        key = seed * 1000 + number
+        held[key] = torch.full((choose.choice([100, 300_000, 600_000, 1_000_000, 1_310_720, 3_300_001]),), key)
+    problems.extend(key for key, x in held.items() if not bool((x == key).all()))
+threads = [threading.Thread(target=churn, args=(seed,)) for seed in (1, 2)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+sys.exit(f"overwritten: {problems}" if problems else 0)
+""")
+
+
+def test_what_is_in_use_is_counted_as_asked_for() -> None:
+    grown, left = map(
+        int,
+        output_of("""
+keep_freed_memory()
+before = allocated_bytes()
+x = torch.empty(2_500_000)
+grown = allocated_bytes() - before
+del x
+print(grown, allocated_bytes() - before)
+""").split(),
+    )
+    assert abs(grown - 10_000_000) < 2**16
+    assert abs(left) < 2**16
+
+
+def test_more_than_there_is_ends_as_with_pytorch() -> None:
+    said = output_of("""
+keep_freed_memory()
+try:
+    torch.empty(2**58, dtype=torch.int8)
+except RuntimeError as error:
+    print(error)
+x = torch.ones(10_000_000)
+print(int(x.sum()))
+""")
+    assert "you tried to allocate 288230376151711744 bytes" in said
+    assert said.endswith("10000000")
+
+
+def test_a_forked_child_allocates() -> None:
+    assert (
+        output_of("""
+keep_freed_memory()
+x = torch.ones(1_000_000)
+child = os.fork()
+y = torch.full((1_000_000,), 2.0 if child else 3.0)
+assert bool((x == 1).all()) and bool((y == (2 if child else 3)).all())
+if child == 0: os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+        == "7"
+    )
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_large_buffers_stay_with_malloc(compiler: str, tmp_path: Path) -> None:
+    said = output_of(
+        "keep_freed_memory(); x = torch.ones(10_000_000); print(host_memory._pool(), int(x.sum()))",
+        CXX=compiler,
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert said == "None 10000000"
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_it_is_compiled_once(tmp_path: Path) -> None:
+    script = "keep_freed_memory(); print(host_memory._installed)"
+    assert output_of(script, XDG_CACHE_HOME=str(tmp_path)) == "True"
+    (library,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    made = library.stat().st_mtime_ns
+    assert output_of(script, XDG_CACHE_HOME=str(tmp_path)) == "True"
+    assert library.stat().st_mtime_ns == made
