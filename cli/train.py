@@ -51,6 +51,9 @@ def _plan_options() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from tilewright.trainer.host_memory import spare_triton
+
+    spare_triton()  # before anything imports it
     from rich.console import Console
 
     from tilewright.trainer.loop import train

@@ -39,26 +39,46 @@ class _Documents(NamedTuple):
     def gather(self, x: torch.Tensor, *further: float, scale: float = 1.0) -> torch.Tensor:
         """scale · x (tokens, heads, head_dim) as (documents · heads, length, head_dim), with one more dimension for
         each number of `further`, which it holds; and (heads, tokens) as (documents · heads, length). Padding is 0."""
-        parts = [x[span].transpose(0, 1) if x.ndim == 3 else x[:, span] for span in self.spans]
-        heads, _, *dims = parts[0].shape
-        gathered = x.new_empty(len(parts), heads, self.length, *(dim + len(further) for dim in dims))
+        heads = x.shape[1 if x.ndim == 3 else 0]
+        dims = (x.shape[2] + len(further),) if x.ndim == 3 else ()
+        gathered = x.new_empty(len(self.spans), heads, self.length, *dims)
+        room = gathered[..., : x.shape[2]] if further else gathered
+        if (whole := self._in_one(x)) is not None:
+            room.copy_(whole)
+        else:
+            for document, span in zip(room, self.spans, strict=True):
+                part = x[span].transpose(0, 1) if x.ndim == 3 else x[:, span]
+                document[:, part.shape[1] :] = 0.0
+                document[:, : part.shape[1]] = part
+        if scale != 1.0:
+            gathered.mul_(scale)  # all of it: faster than what is strided
         for place, number in enumerate(further, -len(further)):
             gathered[..., place] = number
-        for document, part in zip(gathered, parts, strict=True):
-            room = document[..., : dims[0]] if dims else document
-            length = part.shape[1]
-            room[:, length:] = 0.0
-            torch.mul(part, scale, out=room[:, :length])
         return gathered.flatten(0, 1)
 
     def scatter(self, gathered: torch.Tensor, x: torch.Tensor) -> None:
         """Write what `gather` would take apart back into `x`."""
-        for span, part in zip(self.spans, gathered.unflatten(0, (len(self.spans), -1)), strict=True):
+        gathered = gathered.unflatten(0, (len(self.spans), -1))
+        if (whole := self._in_one(x)) is not None:
+            whole.copy_(gathered)
+            return
+        for span, part in zip(self.spans, gathered, strict=True):
             part = part[:, : span.stop - span.start]
             if x.ndim == 3:
                 x[span] = part.transpose(0, 1)
             else:
                 x[:, span] = part
+
+    def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The documents' part of `x` as (documents, heads, length, …), where they follow each other without padding."""
+        first = self.spans[0].start
+        starts = range(first, first + len(self.spans) * self.length, self.length)
+        if self.spans != [slice(start, start + self.length) for start in starts]:
+            return None
+        tokens = x.narrow(0 if x.ndim == 3 else 1, first, len(self.spans) * self.length)
+        if x.ndim == 3:
+            return tokens.unflatten(0, (-1, self.length)).transpose(1, 2)
+        return tokens.unflatten(1, (-1, self.length)).transpose(0, 1)
 
 
 def _documents(cu_seqlens: torch.Tensor, causal: bool) -> Iterator[_Documents]:

@@ -1,4 +1,4 @@
-"""Host memory in training on CPU: what is in use, and that freed memory serves the next step.
+"""Host memory in training on CPU: what is in use, what is not taken, and that freed memory serves the next step.
 
 A step frees and takes the same buffers again and again. Small ones are left to glibc's allocator, told to keep what is
 freed; large ones go to the allocator of `host_memory.cpp`, which leaves no gaps between them.
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -61,6 +62,18 @@ def allocated_bytes() -> int | None:
 
 
 _installed = False
+
+
+def spare_triton() -> None:
+    """Keep this process from importing triton, 70 MB of memory, where it runs no kernel of it.
+
+    Inductor imports triton wherever it is installed, for CPUs too. To be called before `tilewright.kernels` is
+    imported. Nothing happens where there is a GPU, where triton's interpreter or kernels are asked for, or where triton
+    is imported already.
+    """
+    wanted = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("TILEWRIGHT_KERNELS") == "triton"
+    if "triton" not in sys.modules and not wanted and not torch.cuda.is_available():
+        sys.modules["triton"] = cast(types.ModuleType, None)  # which Python takes for a module that is not installed
 
 
 def keep_freed_memory() -> None:

@@ -14,13 +14,17 @@ from pathlib import Path
 import numpy as np
 from step_log import StepLog  # type: ignore[import-not-found]
 
-from tilewright.corpus import Batch
-from tilewright.model.config import ModelConfig
-from tilewright.trainer.build import build
-from tilewright.trainer.parallel.sharding import world
-from tilewright.trainer.recipe import Batch as BatchSizes
-from tilewright.trainer.recipe import Data, Optimizer, Recipe
-from tilewright.trainer.step import MicroBatch, train_step
+from tilewright.trainer.host_memory import spare_triton
+
+spare_triton()  # as `tilewright train` does, before anything imports it
+
+from tilewright.corpus import Batch  # noqa: E402
+from tilewright.model.config import ModelConfig  # noqa: E402
+from tilewright.trainer.build import build  # noqa: E402
+from tilewright.trainer.parallel.sharding import world  # noqa: E402
+from tilewright.trainer.recipe import Batch as BatchSizes  # noqa: E402
+from tilewright.trainer.recipe import Data, Optimizer, Recipe  # noqa: E402
+from tilewright.trainer.step import MicroBatch, train_step  # noqa: E402
 
 
 def main() -> None:
