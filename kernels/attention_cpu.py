@@ -99,9 +99,14 @@ def _documents(cu_seqlens: torch.Tensor, causal: bool) -> Iterator[_Documents]:
 # Shorter documents are left to PyTorch's attention, as their products are too small to gain anything, and longer ones,
 # for whose every block of queries all gradients of keys and values would be read and written.
 _LONG = range(256, 2049)
-_BLOCK_QUERIES = 128
 # Scores that exist at a time: about what a CPU's caches hold.
 _SCORES = 1 << 21
+
+
+def _block_queries(length: int) -> int:
+    """Queries that are worked on at a time: all of a short document, which is one product instead of two small ones;
+    of a longer one so many that few of their scores are in the future."""
+    return 256 if length <= 256 else 128
 
 
 def _is_long(documents: _Documents, q: torch.Tensor) -> bool:
@@ -114,7 +119,7 @@ def _is_long(documents: _Documents, q: torch.Tensor) -> bool:
 
 def _head_spans(q: torch.Tensor) -> list[slice]:
     """Heads that are worked on together."""
-    step = max(1, _SCORES // (_BLOCK_QUERIES * q.shape[1]))
+    step = max(1, _SCORES // (_block_queries(q.shape[1]) * q.shape[1]))
     return [slice(first, first + step) for first in range(0, q.shape[0], step)]
 
 
@@ -124,13 +129,14 @@ class _Blocks:
     def __init__(self, q: torch.Tensor, causal: bool) -> None:
         heads, self.length, _ = q.shape
         self.causal = causal
-        self.room = q.new_empty(2, heads * _BLOCK_QUERIES * self.length)
-        self.future = q.new_full((_BLOCK_QUERIES, _BLOCK_QUERIES), -torch.inf).triu_(1)
+        self.step = _block_queries(self.length)
+        self.room = q.new_empty(2, heads * self.step * self.length)
+        self.future = q.new_full((self.step, self.step), -torch.inf).triu_(1)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Each block's queries, and the keys that they may see."""
-        for first in range(0, self.length, _BLOCK_QUERIES):
-            end = min(first + _BLOCK_QUERIES, self.length)
+        for first in range(0, self.length, self.step):
+            end = min(first + self.step, self.length)
             yield slice(first, end), slice(0, end if self.causal else self.length)
 
     def product(self, rows: torch.Tensor, columns: torch.Tensor, place: int) -> torch.Tensor:
