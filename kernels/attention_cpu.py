@@ -76,9 +76,8 @@ class _Documents(NamedTuple):
         if self.spans != [slice(start, start + self.length) for start in starts]:
             return None
         tokens = x.narrow(0 if x.ndim == 3 else 1, first, len(self.spans) * self.length)
-        if x.ndim == 3:
-            return tokens.unflatten(0, (-1, self.length)).transpose(1, 2)
-        return tokens.unflatten(1, (-1, self.length)).transpose(0, 1)
+        parts: torch.Tensor = tokens.unflatten(0 if x.ndim == 3 else 1, (-1, self.length))
+        return parts.transpose(1, 2) if x.ndim == 3 else parts.transpose(0, 1)
 
 
 def _documents(cu_seqlens: torch.Tensor, causal: bool) -> Iterator[_Documents]:

@@ -1,9 +1,11 @@
-// PyTorch's CPU allocator for large buffers, whose pages go from a buffer that was freed to the next, whatever its size.
+// PyTorch's CPU allocator for large buffers, whose pages go from a buffer that was freed to the next, whatever its
+// size.
 //
 // A step frees buffers of one set of sizes and takes those of another: activations, the head's, gradients. A heap keeps
-// the holes that do not fit; mapping each buffer anew costs a page fault and zeros for every page. Here a buffer of a new
-// size is put together from the pages of freed ones, which `mremap` moves to its addresses without copying. So no more is
-// resident than was ever in use at once, and a steady step takes no page fault. CUDA's "expandable segments" do the like.
+// the holes that do not fit; mapping each buffer anew costs a page fault and zeros for every page. Here a buffer of a
+// new size is put together from the pages of freed ones, which `mremap` moves to its addresses without copying. So no
+// more is resident than was ever in use at once, and a steady step takes no page fault. CUDA's "expandable segments" do
+// the like.
 
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
@@ -13,7 +15,6 @@
 #include <cstdint>
 #include <list>
 #include <mutex>
-#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -24,10 +25,12 @@ namespace {
 constexpr size_t kUnit = size_t{2} << 20;
 // Smaller buffers are malloc's, as they would fill less than most of a unit.
 constexpr size_t kLarge = kUnit / 4 * 3;
+// Larger ones, which no machine has, too: their sizes could not be rounded up.
+constexpr size_t kMost = SIZE_MAX / 2;
 
 struct Range {
-  char* data;
-  size_t bytes;
+  char* data = nullptr;
+  size_t bytes = 0;
 };
 
 struct Lent {
@@ -70,10 +73,10 @@ void release(void* data) {
   if (!pool().release(data)) c10::GetDefaultCPUAllocator()->raw_deleter()(data);
 }
 
-// Addresses for `bytes`, at a multiple of the unit, with no memory behind them.
+// Addresses for `bytes`, at a multiple of the unit, with no memory behind them; null where there are none.
 char* reserve(size_t bytes) {
   void* wide = mmap(nullptr, bytes + kUnit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (wide == MAP_FAILED) throw std::bad_alloc();
+  if (wide == MAP_FAILED) return nullptr;
   char* first = static_cast<char*>(wide);
   size_t before = (kUnit - reinterpret_cast<uintptr_t>(wide) % kUnit) % kUnit;
   if (before) munmap(first, before);
@@ -86,7 +89,8 @@ void Pool::forget(Freed::iterator range) {
   same.erase(std::find(same.begin(), same.end(), range));
 }
 
-// The most recently freed range of the size, which may still be in a cache, or one put together.
+// The most recently freed range of the size, which may still be in a cache, or one put together; none where the system
+// refuses.
 Range Pool::take(size_t bytes) {
   auto& same = of_size_[bytes];
   if (same.empty()) return assemble(bytes);
@@ -99,16 +103,17 @@ Range Pool::take(size_t bytes) {
 
 Range Pool::assemble(size_t bytes) {
   Range range{reserve(bytes), bytes};
+  if (!range.data) return {};
   size_t filled = 0;
-  bool moves = true;
-  while (moves && filled < bytes && !freed_.empty()) {
+  bool refused = false;
+  while (!refused && filled < bytes && !freed_.empty()) {
     auto oldest = freed_.begin();
     forget(oldest);
     while (filled < bytes && oldest->bytes) {
       char* last = oldest->data + oldest->bytes - kUnit;
-      // Refused where the process has as many mappings as it may: the rest is new memory then.
-      moves = mremap(last, kUnit, kUnit, MREMAP_MAYMOVE | MREMAP_FIXED, range.data + filled) != MAP_FAILED;
-      if (!moves) break;
+      // As where the process has as many mappings as it may.
+      refused = mremap(last, kUnit, kUnit, MREMAP_MAYMOVE | MREMAP_FIXED, range.data + filled) == MAP_FAILED;
+      if (refused) break;
       oldest->bytes -= kUnit;
       filled += kUnit;
     }
@@ -118,29 +123,30 @@ Range Pool::assemble(size_t bytes) {
       freed_.erase(oldest);
     }
   }
-  if (filled < bytes && mprotect(range.data + filled, bytes - filled, PROT_READ | PROT_WRITE)) {
-    if (filled) index(freed_.insert(freed_.end(), Range{range.data, filled}));
-    munmap(range.data + filled, bytes - filled);
-    throw std::bad_alloc();
-  }
-  return range;
+  // The addresses that are left are given up where a move was refused: it may have unmapped its own, and another thread
+  // have them by now.
+  char* rest = range.data + filled;
+  if (filled == bytes || (!refused && !mprotect(rest, bytes - filled, PROT_READ | PROT_WRITE))) return range;
+  if (!refused) munmap(rest, bytes - filled);
+  if (filled) index(freed_.insert(freed_.end(), Range{range.data, filled}));
+  return {};
 }
 
 c10::DataPtr Pool::allocate(size_t n) {
-  if (n < kLarge) return c10::GetDefaultCPUAllocator()->allocate(n);
-  void* data;
-  try {
+  c10::Allocator* otherwise = c10::GetDefaultCPUAllocator();
+  if (n < kLarge || n > kMost) return otherwise->allocate(n);
+  Range range;
+  {
     std::lock_guard<std::mutex> guard(mutex);
-    Range range = take((n + kUnit - 1) / kUnit * kUnit);
-    data = range.data;
-    live_.emplace(data, Lent{range.bytes, n});
-    live_bytes_ += n;
-  } catch (const std::bad_alloc&) {
-    c10::profiledCPUMemoryReporter().OutOfMemory(n);
-    TORCH_CHECK(false, "not enough memory: you tried to allocate ", n, " bytes");
+    range = take((n + kUnit - 1) / kUnit * kUnit);
+    if (range.data) {
+      live_.emplace(range.data, Lent{range.bytes, n});
+      live_bytes_ += n;
+    }
   }
-  c10::profiledCPUMemoryReporter().New(data, n);
-  return {data, data, &::release, c10::Device(c10::DeviceType::CPU)};
+  if (!range.data) return otherwise->allocate(n);  // which says so where there is no memory
+  c10::profiledCPUMemoryReporter().New(range.data, n);
+  return {range.data, range.data, &::release, c10::Device(c10::DeviceType::CPU)};
 }
 
 c10::DeleterFnPtr Pool::raw_deleter() const { return &::release; }

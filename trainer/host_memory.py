@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,8 +103,9 @@ def _pool() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None
     root = Path(torch.__file__).parent
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    found = shutil.which("g++") or shutil.which("c++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+    if not compiler:
         _log.info("large buffers stay with malloc: there is no C++ compiler")
         return None
     options = [
@@ -111,7 +113,7 @@ def _pool() -> ctypes.CDLL | None:
         f"-I{root / 'include'}",
     ]  # fmt: skip
     libraries = [f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    made_of = "\0".join([_SOURCE.read_text(), torch.__version__, compiler, *options, *libraries])
+    made_of = "\0".join([_SOURCE.read_text(), torch.__version__, *compiler, *options, *libraries])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewright"
     library = cache / f"host_memory-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     try:
@@ -120,9 +122,11 @@ def _pool() -> ctypes.CDLL | None:
             # Complete before it has its name: another process may be looking for it.
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 made = Path(folder) / library.name
-                command = [compiler, *options, str(_SOURCE), "-o", str(made), *libraries]
+                command = [*compiler, *options, str(_SOURCE), "-o", str(made), *libraries]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(made, library)
+        if library.stat().st_uid != os.getuid():
+            raise OSError(f"{library} is another user's")
         loaded = ctypes.CDLL(str(library))
         loaded.tilewright_live_bytes.restype = ctypes.c_size_t
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home

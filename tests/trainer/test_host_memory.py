@@ -145,3 +145,22 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     made = library.stat().st_mtime_ns
     assert output_of(script, XDG_CACHE_HOME=str(tmp_path)) == "True"
     assert library.stat().st_mtime_ns == made
+
+
+def test_what_the_system_refuses_leaves_the_freed_memory_usable() -> None:
+    said = output_of("""
+import resource
+keep_freed_memory()
+x = torch.ones(16 * 2**20)
+del x
+writable = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (writable + 2**23,) * 2)
+for count in (12, 64, 15):
+    try:
+        x = torch.full((count * 2**20,), float(count))
+        print(count, bool((x[:10] == count).all()))
+        del x
+    except RuntimeError as error:
+        print(count, "allocate" in str(error))
+""")
+    assert said.split() == ["12", "True", "64", "True", "15", "True"]
