@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,22 @@ for count in (12, 64, 15):
         print(count, "allocate" in str(error))
 """)
     assert said.split() == ["12", "True", "64", "True", "15", "True"]
+
+
+def test_training_on_a_cpu_does_without_triton(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """The command itself, in a process that has imported nothing of Tilewright before."""
+    script = f"""
+from tilewright.cli.main import main
+status = main(["train", {str(tiny_recipe())!r}, "--run_directory", {str(tmp_path / "run")!r}])
+torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+print(status, sorted(name for name in sys.modules if name.split(".")[0] == "triton" and sys.modules[name]))
+"""
+    assert output_of(script, TRITON_INTERPRET="0").endswith("0 []")
+
+
+@pytest.mark.parametrize(
+    "asked_for", [{"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0", "TILEWRIGHT_KERNELS": "triton"}]
+)
+def test_triton_stays_where_it_is_asked_for(asked_for: dict[str, str]) -> None:
+    script = "host_memory.spare_triton(); from tilewright.kernels import dispatch; print(dispatch.HAS_TRITON)"
+    assert output_of(script, **asked_for) == "True"
