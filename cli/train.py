@@ -51,14 +51,6 @@ def _plan_options() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tilewright.trainer.host_memory import spare_triton
-
-    spare_triton()  # before anything imports it
-    from rich.console import Console
-
-    from tilewright.trainer.loop import train
-    from tilewright.trainer.recipe.file import load_recipe
-
     if {"-h", "--help"} & set(arguments.overrides):
         print(arguments.help_text)
         return 0
@@ -67,6 +59,14 @@ def _run(arguments: argparse.Namespace) -> int:
     given = [option for option in ("dry_run", "as_if") if hasattr(arguments, option)]
     if given:
         return _dry_run(arguments, given)
+    from tilewright.trainer.host_memory import spare_triton
+
+    spare_triton()  # before anything imports it; a plan for GPUs needs it
+    from rich.console import Console
+
+    from tilewright.trainer.loop import train
+    from tilewright.trainer.recipe.file import load_recipe
+
     train(load_recipe(arguments.recipe, arguments.overrides), Console())
     return 0
 

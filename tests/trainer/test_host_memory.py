@@ -178,6 +178,14 @@ print(status, sorted(name for name in sys.modules if name.split(".")[0] == "trit
     assert output_of(script, TRITON_INTERPRET="0").endswith("0 []")
 
 
+def test_a_plan_for_gpus_has_the_triton_that_training_on_a_cpu_does_without() -> None:
+    script = """
+from tilewright.cli.main import main
+print(main(["train", "--dry-run", "--as-if", "64xH100", "large"]))
+"""
+    assert output_of(script, TRITON_INTERPRET="0").endswith("0")
+
+
 @pytest.mark.parametrize(
     "asked_for", [{"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0", "TILEWRIGHT_KERNELS": "triton"}]
 )
