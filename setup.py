@@ -22,9 +22,10 @@ setup(
     package_dir={f"tilewright.{folder}": folder.replace(".", "/") for folder in FOLDERS},
     package_data={
         **{f"tilewright.{folder}": ["py.typed"] for folder in FOLDERS},
-        "tilewright.kernels": ["py.typed", "tables/*.json"],  # launch configurations as measured on GPUs
+        # C++ is compiled where it is used; tables are launch configurations as measured on GPUs.
+        "tilewright.kernels": ["py.typed", "*.cpp", "*.h", "tables/*.json"],
         "tilewright.recipes": ["*.yaml", "py.typed"],
-        "tilewright.trainer": ["py.typed", "*.cpp"],  # compiled where it is used
+        "tilewright.trainer": ["py.typed", "*.cpp"],
     },
     install_requires=[
         "torch>=2.13",

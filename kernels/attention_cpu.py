@@ -20,14 +20,19 @@ and likewise in the backward pass, δ_i in two parts that bfloat16 can hold:
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
+from tilewright.kernels.native import library
 from tilewright.kernels.rows import accumulation_dtype
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 class _Documents(NamedTuple):
@@ -112,8 +117,13 @@ def _is_long(documents: _Documents, q: torch.Tensor) -> bool:
     """Whether documents of q's dtype go through products in bfloat16."""
     if documents.length not in _LONG or q.dtype != torch.bfloat16:
         return False
-    native: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return native
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and library(_SOURCE) is not None
+
+
+def _compiled() -> ctypes.CDLL:
+    compiled = library(_SOURCE)
+    assert compiled is not None  # as `_is_long` has seen
+    return compiled
 
 
 def _head_spans(q: torch.Tensor) -> list[slice]:
@@ -123,14 +133,13 @@ def _head_spans(q: torch.Tensor) -> list[slice]:
 
 
 class _Blocks:
-    """The blocks of queries (heads, length, dims) of one document, and room for their scores."""
+    """The blocks of queries (heads, length, dims) of one document, and room for two products of each with its keys."""
 
     def __init__(self, q: torch.Tensor, causal: bool) -> None:
         heads, self.length, _ = q.shape
         self.causal = causal
         self.step = _block_queries(self.length)
         self.room = q.new_empty(2, heads * self.step * self.length)
-        self.future = q.new_full((self.step, self.step), -torch.inf).triu_(1)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Each block's queries, and the keys that they may see."""
@@ -138,23 +147,28 @@ class _Blocks:
             end = min(first + self.step, self.length)
             yield slice(first, end), slice(0, end if self.causal else self.length)
 
-    def product(self, rows: torch.Tensor, columns: torch.Tensor, place: int) -> torch.Tensor:
-        """rows · columnsᵀ, in one of the two rooms."""
+    def product(self, rows: torch.Tensor, columns: torch.Tensor, place: int = 0) -> torch.Tensor:
+        """rows · columnsᵀ (heads, queries, keys), in one of the two rooms."""
         shape = (rows.shape[0], rows.shape[1], columns.shape[1])
         out = self.room[place, : rows.shape[0] * rows.shape[1] * columns.shape[1]].view(shape)
         return torch.bmm(rows, columns.mT, out=out)
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Those of a block, −∞ where a key lies in the query's future."""
-        scores = self.product(q, k, 0)
-        if self.causal:
-            rows = q.shape[1]
-            scores[..., -rows:].add_(self.future[:rows, :rows])
-        return scores
+    def largest(self, scores: torch.Tensor, largest: torch.Tensor, negative: torch.Tensor) -> None:
+        """Write the largest score that each query sees to `largest` (heads, queries), and its negative."""
+        _compiled().tilewright_attention_largest(
+            *self._rows(scores),
+            ctypes.c_void_p(largest.data_ptr()), *map(ctypes.c_int64, largest.stride()),
+            ctypes.c_void_p(negative.data_ptr()), *map(ctypes.c_int64, negative.stride()),
+            torch.get_num_threads(),
+        )  # fmt: skip
 
     def softmax(self, scores: torch.Tensor) -> torch.Tensor:
-        """Over the keys, in the other room."""
-        return torch.softmax(scores, -1, out=self.room[1, : scores.numel()].view(scores.shape))
+        """In the place of scores of which the row's largest has been taken off; 0 where a key is in the future."""
+        _compiled().tilewright_attention_softmax(*self._rows(scores), torch.get_num_threads())
+        return scores
+
+    def _rows(self, scores: torch.Tensor) -> tuple[Any, ...]:
+        return ctypes.c_void_p(scores.data_ptr()), *map(ctypes.c_int64, scores.shape), int(self.causal)
 
 
 def _long_forward(
@@ -170,9 +184,8 @@ def _long_forward(
         for queries, keys in blocks:
             # Contiguous, or each product would make a copy of its own.
             q_block, k_block = q[heads, queries].contiguous(), k[heads, keys].contiguous()
-            torch.amax(blocks.scores(q_block, k_block), -1, out=largest[heads, queries])
-            torch.neg(largest[heads, queries], out=q_block[..., -2])
-            out[heads, queries] = blocks.softmax(blocks.scores(q_block, k_block)) @ v[heads, keys]
+            blocks.largest(blocks.product(q_block, k_block), largest[heads, queries], q_block[..., -2])
+            out[heads, queries] = blocks.softmax(blocks.product(q_block, k_block)) @ v[heads, keys]
     return out, largest
 
 
@@ -205,9 +218,9 @@ def _long_backward(
         for number, (queries, keys) in enumerate(reversed(list(blocks))):
             q_block, dout_block = q[heads, queries].contiguous(), dout[heads, queries].contiguous()
             k_block, v_block = k[heads, keys].contiguous(), v[heads, keys].contiguous()
-            p = blocks.softmax(blocks.scores(q_block, k_block))
+            p = blocks.softmax(blocks.product(q_block, k_block))
             dv_block = p.mT @ dout_block[..., :width]
-            dscores = blocks.product(dout_block, v_block, 0).mul_(p)
+            dscores = blocks.product(dout_block, v_block, place=1).mul_(p)
             dk_block = dscores.mT @ q_block[..., :width]
             torch.mul(dscores @ k_block[..., :width], scale, out=dq[heads, queries])
             # Not `+=`, which would copy the sums onto themselves.

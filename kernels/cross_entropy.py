@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels import cross_entropy_cpu
 from tilewright.kernels.checks import check_float, check_same, check_tensors, is_number, is_whole
 from tilewright.kernels.dispatch import HAS_TRITON, runs_triton
 from tilewright.kernels.launch import Configuration, LaunchTable
@@ -219,7 +220,12 @@ def losses_and_gradient(
         return losses, z_losses_in(statistics, targets), dlogits
 
     if not triton_runs and group is None and not torch.compiler.is_compiling():
-        return _plain_rows(logits, targets, upstream, options, logits if in_place else torch.empty_like(logits))
+        dlogits = logits if in_place else torch.empty_like(logits)
+        if not cross_entropy_cpu.serves(logits, options[3]) or not dlogits.is_contiguous():
+            return _plain_rows(logits, targets, upstream, options, dlogits)
+        statistics = cross_entropy_cpu.statistics_and_gradient(logits, targets, upstream, *options[:3], dlogits)
+        losses, z_losses = _losses_from(statistics, targets, options, Shard(0, logits.shape[1]))
+        return losses, z_losses, dlogits if upstream is not None else None
     shard = shard_of(group, logits.shape[-1])
     z = logits if triton_runs else _plain_z(logits, options[3])
     statistics = _statistics(z, targets, options, shard, group, triton_runs)

@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from itertools import chain
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from tilewright.kernels import dispatch
+from tilewright.kernels import adamw_cpu, dispatch
 from tilewright.kernels.adamw import MultiTensor, Rule, Slot, aligned, check_rule, reference
 from tilewright.kernels.apex import FusedAdamStep, check_fused_adam_serves, fused_adam_class
 from tilewright.kernels.checks import FLOATS, is_number
@@ -419,24 +419,41 @@ _CHUNK = 1 << 18
 
 
 def _step_reference(group: dict[str, Any], members: list[_Member], scaling: _Scaling) -> None:
-    """In place through plain PyTorch; where all is float32 (or float64), through PyTorch's own fused kernel."""
+    """In place: where all is float32 (or float64), through PyTorch's own fused kernel; else through `adamw_cpu` where
+    it serves and nothing else is demanded; else in plain PyTorch."""
     if scaling.found_inf is not None and bool(scaling.found_inf):
         return
     torch._foreach_add_([member.slot.step for member in members], 1)
     factor = scaling.factor()
     fused: list[list[torch.Tensor]] = []
+    mixed: list[tuple[Slot, torch.Tensor]] = []
     for slot, grad, _ in members:
         quartet = [slot.param, _flat(grad), slot.exp_avg, slot.exp_avg_sq]
         if len({x.dtype for x in quartet}) == 1 and slot.param.dtype in (torch.float32, torch.float64):
             fused.append([*quartet, slot.step])
             continue
-        new = reference(
-            *quartet, step=int(slot.step), lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], maximize=group["maximize"], clip=factor, low_bits=slot.low_bits,
-            stochastic=group["rounding"] == "stochastic", seed=group["seed"], number=slot.number, first=slot.first,
+        if group["implementation"] == "auto" and adamw_cpu.serves(slot, quartet[1]):
+            mixed.append((slot, quartet[1]))
+            continue
+        parts = [x.split(_CHUNK) for x in slot.tensors() if x is not None]
+        for start, part_grad, *old in zip(count(0, _CHUNK), quartet[1].split(_CHUNK), *parts, strict=False):
+            param, exp_avg, exp_avg_sq, *low_bits = old
+            new = reference(
+                param, part_grad, exp_avg, exp_avg_sq, step=int(slot.step), lr=float(group["lr"]), betas=group["betas"],
+                eps=group["eps"], weight_decay=group["weight_decay"], maximize=group["maximize"], clip=factor,
+                low_bits=low_bits[0] if low_bits else None, stochastic=group["rounding"] == "stochastic",
+                seed=group["seed"], number=slot.number, first=slot.first + start,
+            )  # fmt: skip
+            for x, result in zip(old, new, strict=True):
+                x.copy_(result)
+    if mixed:
+        beta1, beta2 = group["betas"]
+        scale = -float(factor) if group["maximize"] else float(factor)
+        rule = Rule(
+            float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], scale,
+            group["rounding"] == "stochastic", group["seed"],
         )  # fmt: skip
-        for old, result in zip((x for x in slot.tensors() if x is not None), new, strict=True):
-            old.copy_(result)
+        adamw_cpu.step(mixed, rule)
     if isinstance(factor, float) and factor == 1.0:
         if fused:
             _step_fused(group, *zip(*fused, strict=True))

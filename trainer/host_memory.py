@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +22,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _LARGEST_INT = 2**31 - 1
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_log = logging.getLogger(__name__)
 
 
 class _MallocInfo(ctypes.Structure):
@@ -99,37 +92,10 @@ def keep_freed_memory() -> None:
 
 @functools.cache
 def _pool() -> ctypes.CDLL | None:
-    """`host_memory.cpp`, compiled for this PyTorch and kept in the user's cache; None where it cannot be."""
-    if sys.platform != "linux":
-        return None
-    root = Path(torch.__file__).parent
-    found = shutil.which("g++") or shutil.which("c++")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
-    if not compiler:
-        _log.info("large buffers stay with malloc: there is no C++ compiler")
-        return None
-    options = [
-        "-O2", "-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"-I{root / 'include'}",
-    ]  # fmt: skip
-    libraries = [f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    made_of = "\0".join([_SOURCE.read_text(), torch.__version__, *compiler, *options, *libraries])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewright"
-    library = cache / f"host_memory-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    try:
-        if not library.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            # Complete before it has its name: another process may be looking for it.
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                made = Path(folder) / library.name
-                command = [*compiler, *options, str(_SOURCE), "-o", str(made), *libraries]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                os.replace(made, library)
-        if library.stat().st_uid != os.getuid():
-            raise OSError(f"{library} is another user's")
-        loaded = ctypes.CDLL(str(library))
+    """`host_memory.cpp`; None where it cannot be compiled."""
+    from tilewright.kernels.native import library  # not above: `spare_triton` comes before anything of the kernels
+
+    loaded = library(_SOURCE, uses_torch=True)
+    if loaded is not None:
         loaded.tilewright_live_bytes.restype = ctypes.c_size_t
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
-        _log.info("large buffers stay with malloc: %s", error)
-        return None
     return loaded

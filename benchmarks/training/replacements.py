@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.benchmarks.training.workload import Workload, memory_bytes
-from tilewright.kernels import AdamW
+from tilewright.kernels import AdamW, adamw_cpu
 from tilewright.kernels.opspec import OpSpec
 from tilewright.kernels.registry import SPECS
 from tilewright.model import ModelConfig, Transformer, initialise, transformer
@@ -144,8 +144,11 @@ def _optimizer_replacement(optimizer: torch.optim.Optimizer) -> Replacement | Un
         now = "torch.optim.AdamW(fused=True)" if fused else "torch.optim.AdamW"
         options: dict[str, Any] = {"fused": False, "foreach": False}
     elif isinstance(optimizer, AdamW):
-        parameter = optimizer.param_groups[0]["params"][0]
-        if optimizer.choose(parameter).implementation == "reference":
+        group = optimizer.param_groups[0]
+        parameter = group["params"][0]
+        compiled = group["implementation"] == "auto" and group["state_dtype"] != parameter.dtype
+        compiled = compiled and adamw_cpu.is_compiled()
+        if optimizer.choose(parameter).implementation == "reference" and not compiled:
             return Untouched("adamw", f"its reference runs on {parameter.device.type}: nothing to buy")
         now, options = "tilewright.kernels.AdamW", {"implementation": "reference"}
     else:

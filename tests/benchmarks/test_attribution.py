@@ -152,19 +152,29 @@ def test_a_replacement_that_computes_something_else_is_not_timed(
     assert (row.time_ratio, row.peak_memory_ratio) == (None, None)
 
 
-def test_adamw_in_a_loop_makes_the_same_step_and_the_fused_one_comes_back(processes: World) -> None:
+@pytest.mark.parametrize(
+    ("state_dtype", "taken", "option", "kept"),
+    [
+        ("float32", "torch._fused_adamw_", "fused", True),
+        ("bfloat16", "tilewright.kernels.adamw_cpu.step", "implementation", "auto"),
+    ],
+)
+def test_adamw_in_a_loop_makes_the_same_step_and_the_fused_one_comes_back(
+    processes: World, state_dtype: str, taken: str, option: str, kept: object
+) -> None:
     weights = []
     for replaced in (False, True):
-        workload = Workload.of(recipe(), processes)
+        optimizer = dataclasses.replace(recipe().optimizer, state_dtype=state_dtype)
+        workload = Workload.of(dataclasses.replace(recipe(), optimizer=optimizer), processes)
         found, _ = plain.replacements(workload)
         (loop,) = [replacement for replacement in found if replacement.kernel == "adamw"]
         set_learning_rate(workload.optimizer, 0.1)
         if replaced:
-            with loop.within(), patch("torch._fused_adamw_", side_effect=AssertionError("fused")):
+            with loop.within(), patch(taken, side_effect=AssertionError("taken")):
                 workload.step()
         else:
             workload.step()
-        assert all(group["fused"] for group in workload.optimizer.param_groups)
+        assert all(group[option] == kept for group in workload.optimizer.param_groups)
         weights.append([p.full_tensor() for p in workload.model.parameters()])
     torch.testing.assert_close(*weights)
 
