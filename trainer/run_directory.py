@@ -35,7 +35,7 @@ _FREE_TO_CHANGE = (
 _STEERING = (
     "steps", "schedule", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.groups", "optimizer.betas",
     "optimizer.eps", "optimizer.momentum", "optimizer.max_grad_norm", "health", "batch.stages",
-    "optimizer.ema_decay", "float8",
+    "optimizer.ema_decay", "optimizer.state_dtype", "float8",
     "data.sequence_length_stages",
 )  # fmt: skip
 

@@ -31,6 +31,7 @@ import torch.distributed.checkpoint.filesystem as dcp_filesystem
 from object_store import ObjectStore  # beside this script
 
 from tilewright.cli.main import main
+from tilewright.kernels import AdamW
 from tilewright.trainer import loop
 from tilewright.trainer.checkpoints import files as checkpoint_files
 from tilewright.trainer.checkpoints import storage
@@ -118,8 +119,8 @@ def in_the_removal_of_an_old_checkpoint(reached: Callable[[], None]) -> None:
 POINTS: dict[str, Callable[[Callable[[], None]], None]] = {
     "before a group is made": before(parallel.dist, "new_group"),
     "before an all-reduce": before(parallel.dist, "all_reduce"),
-    "before the optimizer step": before(torch.optim.AdamW, "step"),
-    "after the optimizer step": after(torch.optim.AdamW, "step"),
+    "before the optimizer step": before(AdamW, "step"),
+    "after the optimizer step": after(AdamW, "step"),
     "in a line of metrics": in_a_metrics_line,
     "in the copy": in_the_copy,
     "in a file of tensors": before(dcp_filesystem, "_write_item"),

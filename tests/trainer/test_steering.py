@@ -104,7 +104,23 @@ def test_a_run_that_is_asked_to_stop_while_it_scores_leaves_at_once_and_scores_w
     assert [line["loss"] for line in records[0][0]] == [line["loss"] for line in records[1][0]]
 
 
-@pytest.mark.parametrize("optimizer", [{"kind": "muon"}, {"implementation": "tilewright", "state_dtype": "bfloat16"}])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_run_that_is_named_goes_on_with_averages_of_the_other_dtype(
+    tiny_recipe: Write, dtypes: tuple[str, str]
+) -> None:
+    recipe = tiny_recipe(steps=4, schedule__kind="constant", schedule__warmup_steps=0)
+    name = ("--run_directory", str(recipe.parent / "mine"))
+    run(recipe, *name, "--optimizer.state_dtype", dtypes[0])
+    outcome, _ = run(recipe, *name, "--optimizer.state_dtype", dtypes[1], "--steps", "6")
+    whole, _ = run(recipe, "--optimizer.state_dtype", dtypes[0], "--steps", "6")
+    losses, expected = recorded(outcome.run, "loss"), recorded(whole.run, "loss")
+    assert len(losses) == 6
+    assert losses[:5] == expected[:5]
+    # Averages that began anew would take a step several times as large.
+    assert losses[5] == pytest.approx(expected[5], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [{"kind": "muon"}, {"state_dtype": "float32"}, {}])
 def test_a_killed_run_of_any_optimizer_with_averaged_weights_goes_on_to_the_bit(
     tiny_recipe: Write, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, str]
 ) -> None:

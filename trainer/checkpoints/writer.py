@@ -58,8 +58,9 @@ _ALIVE_SECONDS = 1.0
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; every process of the run makes one, and calls it alike.
 
-    Asynchronous saves hold a copy of what they save in host memory until it is written: with float32 weights and AdamW
-    12 bytes × parameters ÷ the processes that the parameters are sharded over, for each process of a machine.
+    Asynchronous saves hold a copy of what they save in host memory until it is written: with float32 weights and
+    AdamW's averages in bfloat16, 8 bytes × parameters ÷ the processes that the parameters are sharded over, for each
+    process of a machine.
 
     As a context manager it lets no save go unfinished, however the ``with`` block ends.
 

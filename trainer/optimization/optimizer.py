@@ -3,9 +3,8 @@
     optimizer = build_optimizer(model, recipe.optimizer)
     set_learning_rate(optimizer, 1e-3)
 
-Its state exists from the start, so that a checkpoint has somewhere to load into. The state of AdamW has the same names,
-shapes and, unless `state_dtype` says otherwise, dtypes whoever computes it, so that one implementation goes on from the
-checkpoint of another.
+Its state exists from the start, so that a checkpoint has somewhere to load into. The state of AdamW has the same names
+and shapes whoever computes it and in whatever dtype, so that one implementation goes on from the checkpoint of another.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def _splits(model: nn.Module) -> dict[torch.Tensor, list[int]]:
 
 def _adamw(groups: list[_Group], recipe: Optimizer) -> torch.optim.Optimizer:
     numbers: dict[str, Any] = {"lr": recipe.learning_rate, "betas": recipe.betas, "eps": recipe.eps}
-    if recipe.implementation in ("auto", "torch"):
+    if recipe.implementation == "torch" or (recipe.implementation == "auto" and recipe.state_dtype == "float32"):
         optimizer = torch.optim.AdamW(groups, **numbers, fused=True)
         for parameter in _parameters(optimizer):
             # What AdamW itself would make at its first step.

@@ -193,9 +193,7 @@ def sharded_model(
         cast_forward_inputs=False,
     )
     mesh = mesh_of(world, parallel.replicas)
-    shards = mesh.size(-1)
-    # One process has nothing to free between forward and backward; gathering again would only copy.
-    again = parallel.reshard_after_forward and shards > 1
+    again = parallel.reshard_after_forward
     offload = CPUOffloadPolicy() if parallel.offload else OffloadPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)

@@ -116,10 +116,12 @@ class Optimizer:
         learning_rate: at the schedule's peak.
         kind: ``adamw`` (arXiv:1711.05101); ``muon`` for the matrices of the blocks and AdamW for the rest, at the same
             learning rate; ``sgd`` with momentum.
-        implementation: of AdamW: ``torch``, fused; ``tilewright``, the kernel; ``apex``, NVIDIA's; ``auto`` is torch's.
-        state_dtype: of AdamW's two averages of the gradients; bfloat16 halves their 8 bytes a parameter, for the
-            implementation ``tilewright`` alone. It keeps 8 bits of a number, so where 1 − beta2 is below 1/256 the
-            second average hardly falls.
+        implementation: of AdamW: ``torch``, fused; ``tilewright``, the kernel; ``apex``, NVIDIA's; ``auto`` is the
+            kernel for averages in bfloat16, torch's for those in float32.
+        state_dtype: of AdamW's two averages of the gradients, of which ``torch`` and ``apex`` have float32 alone.
+            bfloat16 takes 4 bytes a parameter instead of 8; large models were trained so without a difference
+            (DeepSeek-V3, arXiv:2412.19437, section 3.3). The weights stay float32; the second average is rounded
+            stochastically, so that it falls as it should whatever beta2 is.
         betas, eps: of AdamW.
         momentum: of Muon and SGD.
         orthogonalisation_dtype: what Muon sends and orthogonalises matrices in.
@@ -133,7 +135,7 @@ class Optimizer:
     learning_rate: float
     kind: Literal["adamw", "muon", "sgd"] = "adamw"
     implementation: Literal["auto", "torch", "tilewright", "apex"] = "auto"
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    state_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
@@ -194,7 +196,7 @@ class Checkpoints:
         keep_every: those of a step that this divides stay for ever; 0: none do.
         keep_best: whether the one with the lowest held-out loss stays, of those whose step was evaluated.
         asynchronous: whether training goes on while one is written, for the price of a copy of the state in host
-            memory: with AdamW 12 bytes × parameters ÷ the processes that they are sharded over, in each process.
+            memory: with AdamW 8 bytes × parameters ÷ the processes that they are sharded over, in each process.
         folder: in which they lie, under the name of the run directory: a local folder, or the URL of one in an object
             store that fsspec knows, such as ``s3://bucket/runs``, without keys; empty: in the run directory itself.
     """

@@ -207,10 +207,10 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             f"optimizer.implementation is {optimizer.implementation!r}, which is of AdamW, and optimizer.kind 'sgd'; "
             "set optimizer.implementation to auto"
         )
-    if optimizer.state_dtype != "float32" and optimizer.implementation != "tilewright":
+    if optimizer.state_dtype != "float32" and optimizer.implementation in ("torch", "apex"):
         raise TrainingError(
-            f"optimizer.state_dtype is {optimizer.state_dtype!r}, which AdamW's implementation 'tilewright' has, and "
-            f"optimizer.implementation is {optimizer.implementation!r}; set this to tilewright, or that to float32"
+            f"optimizer.implementation is {optimizer.implementation!r}, which keeps AdamW's averages in float32, and "
+            f"optimizer.state_dtype {optimizer.state_dtype!r}; set this to float32, or that to auto"
         )
     for number, group in enumerate(optimizer.groups):
         for key in ("learning_rate_factor", "weight_decay"):
