@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -45,13 +47,20 @@ constexpr int kGroups = kBlock / 4;
 constexpr int64_t kShare = int64_t{1} << 16;
 
 // Up where the 16 bits cut off and 16 random bits sum to 2¹⁶ or more.
-bfloat16 stochastic(float x, uint32_t random) { return static_cast<bfloat16>((bits_of(x) + (random & 0xFFFFu)) >> 16); }
+bfloat16 stochastic(float x, uint16_t random) { return static_cast<bfloat16>((bits_of(x) + random) >> 16); }
 
-// Philox 4×32-10 for the groups from `group` on: word w of group i in random[w][i]. Words stand in 64 bits each, whose
-// upper halves may hold anything until the end: so each round is made of whole vectors.
-void philox(uint64_t (&random)[4][kGroups], int64_t group, const Tensor& tensor, int64_t seed) {
+// The random bits of an element each: 16 for the parameter, 16 for the second average. Four elements' are four words of
+// Philox 4×32-10, whose low halves are the former and whose high halves the latter.
+struct Random {
+  uint16_t for_param[kBlock], for_exp_avg_sq[kBlock];
+};
+
+// Those of the groups of four from `group` on. Words stand in 64 bits each, whose upper halves may hold anything until
+// the end: so each round is made of whole vectors.
+void philox(Random& random, int64_t group, const Tensor& tensor, int64_t seed) {
   constexpr uint64_t kLow = 0xFFFFFFFFu;
   const uint64_t number = static_cast<uint64_t>(tensor.number) & kLow, step = static_cast<uint64_t>(tensor.step) & kLow;
+  uint64_t low[kGroups], high[kGroups];  // four elements' 16 bits, the first lowest
   for (int i = 0; i < kGroups; ++i) {
     uint64_t c0 = static_cast<uint64_t>(group + i) & kLow, c1 = static_cast<uint64_t>(group + i) >> 32, c2 = number,
              c3 = step, k0 = static_cast<uint64_t>(seed) & kLow, k1 = static_cast<uint64_t>(seed) >> 32;
@@ -60,8 +69,12 @@ void philox(uint64_t (&random)[4][kGroups], int64_t group, const Tensor& tensor,
       c0 = b >> 32 ^ c1 ^ k0, c1 = b, c2 = a >> 32 ^ c3 ^ k1, c3 = a;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    random[0][i] = c0, random[1][i] = c1, random[2][i] = c2, random[3][i] = c3;
+    low[i] = (c0 & 0xFFFFu) | (c1 & 0xFFFFu) << 16 | (c2 & 0xFFFFu) << 32 | c3 << 48;
+    high[i] = (c0 >> 16 & 0xFFFFu) | (c1 & 0xFFFF0000u) | (c2 & 0xFFFF0000u) << 16 | (c3 & 0xFFFF0000u) << 32;
   }
+  static_assert(std::endian::native == std::endian::little);
+  std::memcpy(random.for_param, low, sizeof low);
+  std::memcpy(random.for_exp_avg_sq, high, sizeof high);
 }
 
 // Elements [begin, end) of the block of 64 that begins at `start`, which lies before the tensor where `first` is no
@@ -70,13 +83,8 @@ template <typename Param, typename Grad, typename ExpAvg, typename ExpAvgSq>
 inline __attribute__((always_inline)) void block(const Tensor& tensor, const Rule& rule, int64_t start, int begin,
                                                  int end) {
     const bool rounds_param = sizeof(Param) == 2 && rule.stochastic;
-  uint32_t random[kBlock];
-  if (rounds_param || sizeof(ExpAvgSq) == 2) {
-    uint64_t words[4][kGroups];
-    philox(words, (start + tensor.first) / 4, tensor, rule.seed);
-    for (int i = 0; i < kGroups; ++i)
-      for (int word = 0; word < 4; ++word) random[4 * i + word] = static_cast<uint32_t>(words[word][i]);
-  }
+  Random random;
+  if (rounds_param || sizeof(ExpAvgSq) == 2) philox(random, (start + tensor.first) / 4, tensor, rule.seed);
   Param* __restrict param = static_cast<Param*>(tensor.param);
   const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad);
   ExpAvg* __restrict exp_avg = static_cast<ExpAvg*>(tensor.exp_avg);
@@ -100,7 +108,7 @@ inline __attribute__((always_inline)) void block(const Tensor& tensor, const Rul
     theta[i] = theta[i] - (tensor.step_size * (m / denominator) + rule.decay * theta[i]);
     narrowed(m, exp_avg[start + i]);
     if constexpr (sizeof(ExpAvgSq) == 2)
-      exp_avg_sq[start + i] = stochastic(v, random[i] >> 16);
+      exp_avg_sq[start + i] = stochastic(v, random.for_exp_avg_sq[i]);
     else
       exp_avg_sq[start + i] = v;
   }
@@ -112,7 +120,7 @@ inline __attribute__((always_inline)) void block(const Tensor& tensor, const Rul
         rest[start + i] = static_cast<int16_t>(bits - (high << 16));
       }
     } else if (rounds_param) {
-      for (int i = begin; i < end; ++i) param[start + i] = stochastic(theta[i], random[i]);
+      for (int i = begin; i < end; ++i) param[start + i] = stochastic(theta[i], random.for_param[i]);
     } else {
       for (int i = begin; i < end; ++i) narrowed(theta[i], param[start + i]);
     }

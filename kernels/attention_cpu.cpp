@@ -3,41 +3,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 
 #include "vectors.h"
 
 namespace {
 
-using tilewright::bfloat16, tilewright::exp_of, tilewright::narrowed, tilewright::widened;
-
-// Sums and maxima are taken in so many lanes side by side, added up at the end.
-constexpr int kLanes = 64;
-
-float largest_of(const bfloat16* scores, int64_t count) {
-  float lanes[kLanes];
-  std::fill_n(lanes, kLanes, -std::numeric_limits<float>::infinity());
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t start = 0; start < whole; start += kLanes)
-    for (int i = 0; i < kLanes; ++i) lanes[i] = std::max(lanes[i], widened(scores[start + i]));
-  for (int64_t j = whole; j < count; ++j) lanes[0] = std::max(lanes[0], widened(scores[j]));
-  return *std::max_element(lanes, lanes + kLanes);
-}
+using tilewright::bfloat16, tilewright::exponentials_of, tilewright::largest_of, tilewright::narrowed;
 
 void softmax_of(bfloat16* scores, int64_t count, float* exponentials) {
-  float lanes[kLanes] = {};
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t start = 0; start < whole; start += kLanes)
-    for (int i = 0; i < kLanes; ++i) {
-      const float e = exp_of(widened(scores[start + i]));
-      exponentials[start + i] = e;
-      lanes[i] += e;
-    }
-  for (int64_t j = whole; j < count; ++j) lanes[0] += exponentials[j] = exp_of(widened(scores[j]));
-  float total = 0.0f;
-  for (float sum : lanes) total += sum;
-  const float inverse = 1.0f / total;
+  const float inverse = 1.0f / exponentials_of(scores, count, 0.0f, exponentials);
   for (int64_t j = 0; j < count; ++j) narrowed(exponentials[j] * inverse, scores[j]);
 }
 

@@ -5,18 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 
 #include "vectors.h"
 
 namespace {
 
-using tilewright::bfloat16, tilewright::exp_of, tilewright::narrowed, tilewright::widened;
-
-// Sums and maxima of a row are taken in so many lanes side by side, added up at the end: whole vectors, and an error
-// that grows with the lane's share of the row alone.
-constexpr int kLanes = 64;
+using tilewright::bfloat16, tilewright::exponentials_of, tilewright::kLanes, tilewright::largest_of;
+using tilewright::narrowed, tilewright::sum_of, tilewright::widened;
 
 struct Options {
   int64_t ignore_index;
@@ -26,33 +22,16 @@ struct Options {
 // The row's maximum, Σ exp(z − maximum), z of the target (0 if that is no class) and, with label smoothing, Σ z.
 template <typename T>
 void statistics_of(const T* z, int64_t classes, int64_t target, bool with_sum, float* exponentials, float* statistics) {
-  float lane_top[kLanes], lane_sum[kLanes];
-  std::fill_n(lane_top, kLanes, -std::numeric_limits<float>::infinity());
-  std::fill_n(lane_sum, kLanes, 0.0f);
-  const int64_t whole = classes / kLanes * kLanes;
-  for (int64_t start = 0; start < whole; start += kLanes)
-    for (int i = 0; i < kLanes; ++i) {
-      const float x = widened(z[start + i]);
-      lane_top[i] = x > lane_top[i] ? x : lane_top[i];
-    }
-  for (int64_t j = whole; j < classes; ++j) lane_top[0] = std::max(lane_top[0], widened(z[j]));
-  const float top = *std::max_element(lane_top, lane_top + kLanes);
-  for (int64_t start = 0; start < whole; start += kLanes)
-    for (int i = 0; i < kLanes; ++i) {
-      const float e = exp_of(widened(z[start + i]) - top);  // NaN of a NaN, which the maximum passes over
-      exponentials[start + i] = e;
-      lane_sum[i] += e;
-    }
-  for (int64_t j = whole; j < classes; ++j) lane_sum[0] += exponentials[j] = exp_of(widened(z[j]) - top);
-  float total = 0.0f;
-  for (float sum : lane_sum) total += sum;
+  const float top = largest_of(z, classes);
+  const float total = exponentials_of(z, classes, top, exponentials);  // NaN of a NaN, which the maximum passes over
   float sum_z = 0.0f;
   if (with_sum) {
-    std::fill_n(lane_sum, kLanes, 0.0f);
+    float lanes[kLanes] = {};
+    const int64_t whole = classes / kLanes * kLanes;
     for (int64_t start = 0; start < whole; start += kLanes)
-      for (int i = 0; i < kLanes; ++i) lane_sum[i] += widened(z[start + i]);
-    for (int64_t j = whole; j < classes; ++j) lane_sum[0] += widened(z[j]);
-    for (float sum : lane_sum) sum_z += sum;
+      for (int i = 0; i < kLanes; ++i) lanes[i] += widened(z[start + i]);
+    for (int64_t j = whole; j < classes; ++j) lanes[0] += widened(z[j]);
+    sum_z = sum_of(lanes);
   }
   const bool here = target >= 0 && target < classes;
   const float result[4] = {top, total, here ? widened(z[target]) : 0.0f, sum_z};

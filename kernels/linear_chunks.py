@@ -150,12 +150,15 @@ def _complete_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _complete(sums: list[torch.Tensor], dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
     """All classes' sums in `dtype`; `sums` is emptied on the way, so that each is freed once it is rounded."""
-    parts = []
+    if len(sums) < 2:
+        return sums.pop().to(dtype) if sums else weight.new_empty(0, dtype=dtype)
+    complete = weight.new_empty(weight.shape, dtype=dtype)
+    first = 0
     while sums:
-        parts.append(sums.pop(0).to(dtype))
-    if not parts:
-        return weight.new_empty(0, dtype=dtype)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        part = sums.pop(0)
+        complete[first : first + part.shape[0]] = part
+        first += part.shape[0]
+    return complete
 
 
 def _product(dlogits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
-// What the C++ of this folder shares: bfloat16 numbers as their bits, and an exponential that compilers make vectors of.
+// What the C++ of this folder shares: bfloat16 numbers as their bits, and a softmax's parts, of which compilers make
+// vectors.
 
 #pragma once
 
 #include <bit>
 #include <cstdint>
+#include <limits>
 
 namespace tilewright {
 
@@ -40,6 +42,52 @@ inline float exp_of(float x) {
   series = series * r + 1.0f;
   const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);  // 2ⁿ
   return x < -87.0f ? 0.0f : series * power;
+}
+
+// Sums and maxima of a row are taken in so many lanes side by side, brought together by halves at the end: whole vectors
+// throughout, and an error that grows with a lane's share of the row alone.
+constexpr int kLanes = 64;
+
+inline float sum_of(float (&lanes)[kLanes]) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Numbers that are none are passed over.
+inline float larger(float x, float y) { return y > x ? y : x; }
+
+inline float largest_of(float (&lanes)[kLanes]) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = larger(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// The largest of a row, −∞ of none.
+template <typename T>
+float largest_of(const T* row, int64_t count) {
+  float lanes[kLanes];
+  for (float& lane : lanes) lane = -std::numeric_limits<float>::infinity();
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t start = 0; start < whole; start += kLanes)
+    for (int i = 0; i < kLanes; ++i) lanes[i] = larger(lanes[i], widened(row[start + i]));
+  for (int64_t j = whole; j < count; ++j) lanes[0] = larger(lanes[0], widened(row[j]));
+  return largest_of(lanes);
+}
+
+// exp(x − top) of a row; returns their sum.
+template <typename T>
+float exponentials_of(const T* row, int64_t count, float top, float* exponentials) {
+  float lanes[kLanes] = {};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t start = 0; start < whole; start += kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      const float e = exp_of(widened(row[start + i]) - top);
+      exponentials[start + i] = e;
+      lanes[i] += e;
+    }
+  for (int64_t j = whole; j < count; ++j) lanes[0] += exponentials[j] = exp_of(widened(row[j]) - top);
+  return sum_of(lanes);
 }
 
 }  // namespace tilewright
