@@ -82,7 +82,7 @@ void philox(Random& random, int64_t group, const Tensor& tensor, int64_t seed) {
 template <typename Param, typename Grad, typename ExpAvg, typename ExpAvgSq>
 inline __attribute__((always_inline)) void block(const Tensor& tensor, const Rule& rule, int64_t start, int begin,
                                                  int end) {
-    const bool rounds_param = sizeof(Param) == 2 && rule.stochastic;
+  const bool rounds_param = sizeof(Param) == 2 && rule.stochastic;
   Random random;
   if (rounds_param || sizeof(ExpAvgSq) == 2) philox(random, (start + tensor.first) / 4, tensor, rule.seed);
   Param* __restrict param = static_cast<Param*>(tensor.param);

@@ -1,53 +1,418 @@
-// The softmax of `attention_cpu.py`, over rows of bfloat16 scores that lie in the cache: each is read once and written
-// once, with one exponential a score that a query may see.
+// Packed attention in bfloat16 on a processor that multiplies pairs of bfloat16 numbers (AVX-512 BF16), after
+// FlashAttention-2 (Dao 2023, arXiv:2307.08691): scores exist for a block of queries and keys at a time, in float32 and
+// in the cache.
+//
+// The processor's product of pairs adds x₀ y₀ + x₁ y₁ to each of 16 sums: one operand of a matrix product lies as rows
+// of pairs, of which each is spread over all lanes, and the other as panels of 64 columns, in each of which the pair of a
+// row and the next one stand together. What the functions here rearrange is put into one of these two forms.
+
+#include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <memory>
+#include <new>
 
 #include "vectors.h"
 
 namespace {
 
-using tilewright::bfloat16, tilewright::exponentials_of, tilewright::largest_of, tilewright::narrowed;
+using tilewright::bfloat16, tilewright::exp_of, tilewright::kLanes, tilewright::largest_of, tilewright::narrowed;
+using tilewright::sum_of, tilewright::widened;
 
-void softmax_of(bfloat16* scores, int64_t count, float* exponentials) {
-  const float inverse = 1.0f / exponentials_of(scores, count, 0.0f, exponentials);
-  for (int64_t j = 0; j < count; ++j) narrowed(exponentials[j] * inverse, scores[j]);
+using Pair = uint32_t;  // two bfloat16 numbers, the first in the lower half
+
+constexpr int kPanel = 64;  // columns
+constexpr int kRows = 4;    // of which a panel's sums stay in registers
+constexpr int kQueries = 64, kKeys = 128;
+static_assert(kQueries % kPanel == 0 && kKeys % kPanel == 0 && kPanel == kLanes);
+
+Pair pair_of(bfloat16 first, bfloat16 second) { return Pair{first} | Pair{second} << 16; }
+Pair pair_of(float first, float second) {
+  bfloat16 x, y;
+  narrowed(first, x), narrowed(second, y);
+  return pair_of(x, y);
 }
 
-// How many of `columns` keys query `row` of `rows` sees: where causal, the last query all.
-int64_t seen(int64_t row, int64_t rows, int64_t columns, int causal) { return causal ? columns - rows + row + 1 : columns; }
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-}  // namespace
+// A head of one document: numbers of a token lie beside each other, tokens `stride` apart.
+struct Head {
+  bfloat16* data;
+  int64_t stride;
+  bfloat16* token(int64_t i) const { return data + i * stride; }
+  // Ask for a token soon needed: one lies too far from the next for the processor to foresee.
+  void fetch(int64_t i, int64_t dim) const {
+    for (int64_t d = 0; d < dim; d += 32) __builtin_prefetch(token(i) + d);
+  }
+};
 
-// Scores (heads, rows, columns). The largest score of each row, as far as its query sees, goes to `largest`, and its
-// negative to `negative`; rows and heads of either are as far apart as said, in elements.
-extern "C" void tilewright_attention_largest(const bfloat16* scores, int64_t heads, int64_t rows, int64_t columns,
-                                             int causal, bfloat16* largest, int64_t largest_head, int64_t largest_row,
-                                             bfloat16* negative, int64_t negative_head, int64_t negative_row,
-                                             int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < heads * rows; ++i) {
-    const int64_t head = i / rows, row = i % rows;
-    const float top = largest_of(scores + i * columns, seen(row, rows, columns, causal));
-    narrowed(top, largest[head * largest_head + row * largest_row]);
-    narrowed(-top, negative[head * negative_head + row * negative_row]);
+// So many tokens ahead.
+constexpr int kAhead = 12;
+
+// Tokens [begin, end) of `x` as rows of pairs, zeros up to `rows`.
+void rows_of_pairs(const Head& x, int64_t begin, int64_t end, int64_t rows, int64_t dim, Pair* out) {
+  for (int64_t i = begin; i < end; ++i, out += dim / 2) {
+    x.fetch(i + kAhead, dim);
+    std::memcpy(out, x.token(i), dim * sizeof(bfloat16));
+  }
+  std::fill_n(out, (rows - (end - begin)) * dim / 2, Pair{0});
+}
+
+// Likewise, but transposed: (dim, rows / 2), each of pairs of tokens.
+void columns_of_pairs(const Head& x, int64_t begin, int64_t end, int64_t rows, int64_t dim, Pair* out) {
+  for (int64_t i = begin; i < begin + rows; i += 2, ++out)
+    for (int64_t d = 0; d < dim; ++d)
+      out[d * (rows / 2)] = i < end ? pair_of(x.token(i)[d], i + 1 < end ? x.token(i + 1)[d] : bfloat16{0}) : Pair{0};
+}
+
+// Panels of tokens as columns, `dim` rows in pairs: (tokens / 64, dim / 2, 64), zeros up to `tokens`.
+void panels_of_tokens(const Head& x, int64_t begin, int64_t end, int64_t tokens, int64_t dim, Pair* out) {
+  for (int64_t i = 0; i < tokens; ++i) {
+    x.fetch(begin + i + kAhead, dim);
+    Pair* column = out + i / kPanel * kPanel * (dim / 2) + i % kPanel;
+    for (int64_t d = 0; d < dim / 2; ++d, column += kPanel) {
+      *column = 0;
+      if (begin + i < end) std::memcpy(column, x.token(begin + i) + 2 * d, sizeof(Pair));
+    }
   }
 }
 
-// Softmax in place of scores (heads, rows, columns) of which none is above 88: a row's largest has been taken off. Keys
-// that a query does not see get 0.
-extern "C" void tilewright_attention_softmax(bfloat16* scores, int64_t heads, int64_t rows, int64_t columns, int causal,
-                                             int threads) {
+// Panels of `dim` columns, tokens as rows in pairs: (dim / 64, tokens / 2, 64), zeros up to `tokens`; the last panel is
+// narrower inside where dim is no multiple of 64.
+void panels_of_dims(const Head& x, int64_t begin, int64_t end, int64_t tokens, int64_t dim, Pair* out) {
+  for (int64_t first = 0; first < dim; first += kPanel)
+    for (int64_t i = begin; i < begin + tokens; i += 2, out += kPanel) {
+      x.fetch(i + kAhead, dim), x.fetch(i + kAhead + 1, dim);
+      const int64_t width = std::min<int64_t>(kPanel, dim - first);
+      if (i + 1 < end)
+        for (int64_t d = 0; d < width; ++d) out[d] = pair_of(x.token(i)[first + d], x.token(i + 1)[first + d]);
+      else
+        for (int64_t d = 0; d < width; ++d) out[d] = i < end ? Pair{x.token(i)[first + d]} : Pair{0};
+    }
+}
+
+// c (4, 16 · vectors) is, or has added, a (4, pairs) · b (pairs, 16 · vectors of 64).
+template <int Vectors>
+inline void tile(const Pair* a, int64_t a_stride, const Pair* b, int64_t pairs, float* c, int64_t c_stride, bool adds) {
+  __m512 sums[kRows][Vectors];
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v)
+      sums[row][v] = adds ? _mm512_loadu_ps(c + row * c_stride + 16 * v) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512bh columns[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) columns[v] = (__m512bh)_mm512_load_si512(b + k * kPanel + 16 * v);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const __m512bh spread = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[row * a_stride + k]));
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[row][v] = _mm512_dpbf16_ps(sums[row][v], spread, columns[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(c + row * c_stride + 16 * v, sums[row][v]);
+}
+
+// c (rows, columns) is, or has added, a (rows, pairs) · b, of which `panel` numbers are a panel: whole fours of rows,
+// whole sixteens of columns.
+void product(const Pair* a, int64_t a_stride, const Pair* b, int64_t panel, int64_t rows, int64_t columns, int64_t pairs,
+             float* c, int64_t c_stride, bool adds) {
+  for (int64_t column = 0; column < columns; column += kPanel, b += panel)
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const Pair* of_row = a + row * a_stride;
+      float* to = c + row * c_stride + column;
+      switch (std::min<int64_t>(kPanel, columns - column) / 16) {
+        case 4: tile<4>(of_row, a_stride, b, pairs, to, c_stride, adds); break;
+        case 3: tile<3>(of_row, a_stride, b, pairs, to, c_stride, adds); break;
+        case 2: tile<2>(of_row, a_stride, b, pairs, to, c_stride, adds); break;
+        default: tile<1>(of_row, a_stride, b, pairs, to, c_stride, adds);
+      }
+    }
+}
+
+// Memory for a thread, in lines of the cache.
+class Room {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    parts_[used_].reset(::operator new(count * sizeof(T), kLine));
+    return static_cast<T*>(parts_[used_++].get());
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(void* part) const { ::operator delete(part, kLine); }
+  };
+  std::unique_ptr<void, Free> parts_[20];
+  int used_ = 0;
+};
+
+// The keys from `key` on that queries before `end` see, in whole panels.
+int64_t width_of(int64_t key, int64_t end) { return std::min<int64_t>(kKeys, round_up(end - key, kPanel)); }
+
+// How many of `width` keys from `key` on a query sees that sees `visible` of its document.
+int64_t seen_of(int64_t visible, int64_t key, int64_t width) { return std::clamp<int64_t>(visible - key, 0, width); }
+
+struct Forward {
+  int64_t longest, dim;
+  bool causal;
+  float scale;
+  Room room{};
+  Pair* keys = room.take<Pair>(round_up(longest, kKeys) * dim / 2);
+  Pair* values = room.take<Pair>(round_up(longest, kKeys) / 2 * round_up(dim, kPanel));
+  Pair* queries = room.take<Pair>(kQueries * dim / 2);
+  float* scores = room.take<float>(kQueries * kKeys);
+  bfloat16* weights = room.take<bfloat16>(kQueries * kKeys);
+  float* sums = room.take<float>(kQueries * dim);
+  float* top = room.take<float>(kQueries);
+  float* total = room.take<float>(kQueries);
+
+  void take_keys(const Head& k, const Head& v, int64_t length) {
+    panels_of_tokens(k, 0, length, round_up(length, kKeys), dim, keys);
+    panels_of_dims(v, 0, length, round_up(length, kKeys), dim, values);
+  }
+
+  // The weights of a row of scores, and what they change in the row's sums so far.
+  void weigh(int64_t row, int64_t seen, int64_t width) {
+    float* s = scores + row * kKeys;
+    for (int64_t j = 0; j < width; ++j) s[j] *= scale;
+    std::fill(s + seen, s + width, -std::numeric_limits<float>::infinity());
+    const float larger = tilewright::larger(top[row], largest_of(s, width));
+    float lanes[kLanes] = {};
+    bfloat16* w = weights + row * kKeys;
+    for (int64_t start = 0; start < width; start += kLanes)
+      for (int i = 0; i < kLanes; ++i) {
+        const float e = exp_of(s[start + i] - larger);
+        lanes[i] += e;
+        narrowed(e, w[start + i]);
+      }
+    const float rest = exp_of(top[row] - larger);
+    total[row] = total[row] * rest + sum_of(lanes);
+    top[row] = larger;
+    if (rest != 1.0f)
+      for (int64_t d = 0; d < dim; ++d) sums[row * dim + d] *= rest;
+  }
+
+  void run(const Head& q, int64_t length, const Head& out, float* lse) {
+    for (int64_t first = 0; first < length; first += kQueries) {
+      const int64_t count = std::min<int64_t>(kQueries, length - first), rows = round_up(count, kRows);
+      rows_of_pairs(q, first, first + count, rows, dim, queries);
+      std::fill_n(top, rows, -std::numeric_limits<float>::infinity());
+      std::fill_n(total, rows, 0.0f);
+      std::fill_n(sums, rows * dim, 0.0f);
+      const int64_t end = causal ? first + count : length;
+      for (int64_t key = 0; key < end; key += kKeys) {
+        const int64_t width = width_of(key, end);
+        product(queries, dim / 2, keys + key * dim / 2, kPanel * dim / 2, rows, width, dim / 2, scores, kKeys, false);
+        for (int64_t row = 0; row < rows; ++row)
+          weigh(row, seen_of(causal ? first + std::min(row, count - 1) + 1 : length, key, width), width);
+        product(reinterpret_cast<const Pair*>(weights), kKeys / 2, values + key / 2 * kPanel,
+                round_up(length, kKeys) / 2 * kPanel, rows, dim, width / 2, sums, dim, true);
+      }
+      for (int64_t row = 0; row < count; ++row) {
+        bfloat16* to = out.token(first + row);
+        const float inverse = 1.0f / total[row];
+        for (int64_t d = 0; d < dim; ++d) narrowed(sums[row * dim + d] * inverse, to[d]);
+        lse[first + row] = top[row] + std::log(total[row]);
+      }
+    }
+  }
+};
+
+struct Backward {
+  int64_t longest, dim;
+  bool causal;
+  float scale;
+  int64_t group;
+  Room room{};
+  int64_t most = round_up(longest, kQueries);
+  // Of each of the group's query heads, one after the other.
+  Pair* queries = room.take<Pair>(group * most * dim / 2);
+  Pair* upstream = room.take<Pair>(group * most * dim / 2);
+  Pair* query_columns = room.take<Pair>(group * most * dim / 2);
+  Pair* upstream_columns = room.take<Pair>(group * most * dim / 2);
+  float* delta = room.take<float>(group * most);
+  float* lse = room.take<float>(group * most);
+  float* dq = room.take<float>(group * most * dim);
+  // Of a block of keys.
+  Pair* keys = room.take<Pair>(kKeys * dim / 2);
+  Pair* values = room.take<Pair>(kKeys * dim / 2);
+  Pair* key_rows = room.take<Pair>(kKeys / 2 * round_up(dim, kPanel));
+  float* dk = room.take<float>(dim * kKeys);
+  float* dv = room.take<float>(dim * kKeys);
+  // Of a block of queries and keys: the latter two as panels of keys, and the last as rows of pairs of keys too.
+  float* scores = room.take<float>(kQueries * kKeys);
+  float* products = room.take<float>(kQueries * kKeys);
+  Pair* weights = room.take<Pair>(kQueries / 2 * kKeys);
+  Pair* dscores = room.take<Pair>(kQueries / 2 * kKeys);
+  bfloat16* dscore_rows = room.take<bfloat16>(kQueries * kKeys);
+
+  void take_queries(int64_t member, const Head& q, const Head& dout, const Head& out, const float* log_sums,
+                    int64_t length) {
+    const int64_t at = member * most;
+    rows_of_pairs(q, 0, length, round_up(length, kQueries), dim, queries + at * dim / 2);
+    rows_of_pairs(dout, 0, length, round_up(length, kQueries), dim, upstream + at * dim / 2);
+    for (int64_t first = 0; first < length; first += kQueries) {
+      columns_of_pairs(q, first, length, kQueries, dim, query_columns + (at + first) * dim / 2);
+      columns_of_pairs(dout, first, length, kQueries, dim, upstream_columns + (at + first) * dim / 2);
+    }
+    for (int64_t i = 0; i < length; ++i) {
+      out.fetch(i + kAhead, dim);
+      float sum = 0.0f;
+      for (int64_t d = 0; d < dim; d += 16) {
+        float lanes[16], part = 0.0f;
+        for (int j = 0; j < 16; ++j) lanes[j] = widened(dout.token(i)[d + j]) * widened(out.token(i)[d + j]);
+        for (float x : lanes) part += x;
+        sum += part;
+      }
+      delta[at + i] = sum;
+    }
+    std::copy_n(log_sums, length, lse + at);
+    std::fill_n(dq + at * dim, round_up(length, kQueries) * dim, 0.0f);
+  }
+
+  // Weights and the scores' gradients of queries `row` and `row + 1` of a block, of which each sees so many keys.
+  void differentiate(int64_t at, int64_t row, int64_t seen, int64_t seen_next, int64_t width) {
+    for (int64_t r = row; r < row + 2; ++r) {
+      float *s = scores + r * kKeys, *p = products + r * kKeys;
+      const float less = lse[at + r], mean = delta[at + r];
+      const int64_t count = r == row ? seen : seen_next;
+      for (int64_t j = 0; j < width; ++j) {
+        const float e = exp_of(s[j] * scale - less);
+        s[j] = e, p[j] = e * (p[j] - mean);
+      }
+      std::fill(s + count, s + width, 0.0f), std::fill(p + count, p + width, 0.0f);
+      for (int64_t j = 0; j < width; ++j) narrowed(p[j], dscore_rows[r * kKeys + j]);
+    }
+    for (int64_t j = 0; j < width; j += kPanel) {
+      const int64_t to = (j * (kQueries / 2)) + row / 2 * kPanel;
+      const float *s = scores + row * kKeys + j, *p = products + row * kKeys + j;
+      for (int i = 0; i < kPanel; ++i) weights[to + i] = pair_of(s[i], s[kKeys + i]);
+      for (int i = 0; i < kPanel; ++i) dscores[to + i] = pair_of(p[i], p[kKeys + i]);
+    }
+  }
+
+  void run(const Head& k, const Head& v, int64_t length, const Head& to_k, const Head& to_v) {
+    constexpr int64_t kPairs = kQueries / 2;
+    for (int64_t key = 0; key < length; key += kKeys) {
+      const int64_t last = std::min<int64_t>(key + kKeys, length);
+      panels_of_tokens(k, key, last, kKeys, dim, keys);
+      panels_of_tokens(v, key, last, kKeys, dim, values);
+      panels_of_dims(k, key, last, kKeys, dim, key_rows);
+      std::fill_n(dk, dim * kKeys, 0.0f), std::fill_n(dv, dim * kKeys, 0.0f);
+      for (int64_t member = 0; member < group; ++member)
+        for (int64_t first = causal ? key / kQueries * kQueries : 0; first < length; first += kQueries) {
+          const int64_t at = member * most + first, count = std::min<int64_t>(kQueries, length - first);
+          const int64_t width = width_of(key, causal ? first + count : length);
+          product(queries + at * dim / 2, dim / 2, keys, kPanel * dim / 2, kQueries, width, dim / 2, scores, kKeys, false);
+          product(upstream + at * dim / 2, dim / 2, values, kPanel * dim / 2, kQueries, width, dim / 2, products, kKeys,
+                  false);
+          for (int64_t row = 0; row < kQueries; row += 2) {
+            const auto seen = [&](int64_t r) {
+              return r < count ? seen_of(causal ? first + r + 1 : length, key, width) : 0;
+            };
+            differentiate(at, row, seen(row), seen(row + 1), width);
+          }
+          product(upstream_columns + at * dim / 2, kPairs, weights, kPairs * kPanel, dim, width, kPairs, dv, kKeys, true);
+          product(query_columns + at * dim / 2, kPairs, dscores, kPairs * kPanel, dim, width, kPairs, dk, kKeys, true);
+          product(reinterpret_cast<const Pair*>(dscore_rows), kKeys / 2, key_rows, kKeys / 2 * kPanel, kQueries, dim,
+                  width / 2, dq + at * dim, dim, true);
+        }
+      give_keys(dk, scale, key, last, to_k);
+      give_keys(dv, 1.0f, key, last, to_v);
+    }
+  }
+
+  void give_queries(int64_t member, int64_t length, const Head& to) {
+    const float* from = dq + member * most * dim;
+    for (int64_t i = 0; i < length; ++i, from += dim) {
+      bfloat16* token = to.token(i);
+      for (int64_t d = 0; d < dim; ++d) narrowed(from[d] * scale, token[d]);
+    }
+  }
+
+  // Keys [begin, end) of `from` (dim, 128), multiplied, by way of rows in the place of the keys themselves.
+  void give_keys(const float* from, float factor, int64_t begin, int64_t end, const Head& to) {
+    for (int64_t d = 0; d < dim / 2; ++d, from += 2 * kKeys)
+      for (int j = 0; j < kKeys; ++j) keys[j * (dim / 2) + d] = pair_of(from[j] * factor, from[kKeys + j] * factor);
+    for (int64_t j = begin; j < end; ++j)
+      std::memcpy(to.token(j), keys + (j - begin) * dim / 2, dim * sizeof(bfloat16));
+  }
+};
+
+// Tokens and heads of (tokens, heads, dim), as far apart as said, in elements.
+struct Packed {
+  bfloat16* data;
+  int64_t token, head;
+  Head of(int64_t start, int64_t number) const { return {data + start * token + number * head, token}; }
+};
+
+struct Sizes {
+  const int64_t* starts;  // of documents, and where the last one ends
+  int64_t documents, tokens, heads, key_heads, dim;
+  int32_t causal;
+  float scale;
+
+  int64_t longest() const {
+    int64_t result = 0;
+    for (int64_t i = 0; i < documents; ++i) result = std::max(result, starts[i + 1] - starts[i]);
+    return result;
+  }
+};
+
+}  // namespace
+
+extern "C" int tilewright_attention_serves() { return __builtin_cpu_supports("avx512bf16"); }
+
+// out (tokens, heads, dim) and, in float32, the logarithm of each query's sum of exponentials: lse (heads, tokens).
+extern "C" void tilewright_attention_forward(const Sizes* sizes, const Packed* q, const Packed* k, const Packed* v,
+                                             const Packed* out, float* lse, int threads) {
+  const Sizes& s = *sizes;
+  const int64_t group = s.heads / s.key_heads;
 #pragma omp parallel num_threads(threads)
   {
-    const std::unique_ptr<float[]> exponentials(new float[columns]);
-#pragma omp for
-    for (int64_t i = 0; i < heads * rows; ++i) {
-      const int64_t count = seen(i % rows, rows, columns, causal);
-      softmax_of(scores + i * columns, count, exponentials.get());
-      std::fill(scores + i * columns + count, scores + (i + 1) * columns, bfloat16{0});
+    Forward forward{.longest = s.longest(), .dim = s.dim, .causal = s.causal != 0, .scale = s.scale};
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < s.documents * s.key_heads; ++i) {
+      const int64_t start = s.starts[i / s.key_heads], length = s.starts[i / s.key_heads + 1] - start;
+      const int64_t key_head = i % s.key_heads;
+      forward.take_keys(k->of(start, key_head), v->of(start, key_head), length);
+      for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+        forward.run(q->of(start, head), length, out->of(start, head), lse + head * s.tokens + start);
+    }
+  }
+}
+
+extern "C" void tilewright_attention_backward(const Sizes* sizes, const Packed* dout, const Packed* q, const Packed* k,
+                                              const Packed* v, const Packed* out, const float* lse, const Packed* dq,
+                                              const Packed* dk, const Packed* dv, int threads) {
+  const Sizes& s = *sizes;
+  const int64_t group = s.heads / s.key_heads;
+#pragma omp parallel num_threads(threads)
+  {
+    Backward backward{.longest = s.longest(), .dim = s.dim, .causal = s.causal != 0, .scale = s.scale, .group = group};
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < s.documents * s.key_heads; ++i) {
+      const int64_t start = s.starts[i / s.key_heads], length = s.starts[i / s.key_heads + 1] - start;
+      const int64_t key_head = i % s.key_heads;
+      for (int64_t member = 0; member < group; ++member) {
+        const int64_t head = key_head * group + member;
+        backward.take_queries(member, q->of(start, head), dout->of(start, head), out->of(start, head),
+                              lse + head * s.tokens + start, length);
+      }
+      backward.run(k->of(start, key_head), v->of(start, key_head), length, dk->of(start, key_head),
+                   dv->of(start, key_head));
+      for (int64_t member = 0; member < group; ++member)
+        backward.give_queries(member, length, dq->of(start, key_head * group + member));
     }
   }
 }

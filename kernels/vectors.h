@@ -24,7 +24,8 @@ inline void narrowed(float x, bfloat16& result) {
 }
 inline void narrowed(float x, float& result) { result = x; }
 
-// exp(x) within 2 units in the last place for x from −87 up to 88; below, where float32 has few digits left, 0.
+// exp(x) within 2 units in the last place for x from −87 up to 88; below, where float32 has few digits left, 0; above,
+// where it ends, infinity.
 //
 // x = n · log 2 + r with a whole n; exp(r) is its Taylor series, of which the first term left out is below 2⁻²⁷ as
 // |r| ≤ ½ log 2. log 2 is subtracted in two parts, the first of so few digits that its product with n is exact.
@@ -41,7 +42,8 @@ inline float exp_of(float x) {
   series = series * r + 1.0f;
   series = series * r + 1.0f;
   const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);  // 2ⁿ
-  return x < -87.0f ? 0.0f : series * power;
+  const float bounded = x > 88.0f ? std::numeric_limits<float>::infinity() : series * power;
+  return x < -87.0f ? 0.0f : bounded;
 }
 
 // Sums and maxima of a row are taken in so many lanes side by side, brought together by halves at the end: whole vectors
@@ -49,6 +51,7 @@ inline float exp_of(float x) {
 constexpr int kLanes = 64;
 
 inline float sum_of(float (&lanes)[kLanes]) {
+#pragma GCC unroll 6
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
@@ -58,6 +61,7 @@ inline float sum_of(float (&lanes)[kLanes]) {
 inline float larger(float x, float y) { return y > x ? y : x; }
 
 inline float largest_of(float (&lanes)[kLanes]) {
+#pragma GCC unroll 6
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] = larger(lanes[i], lanes[i + half]);
   return lanes[0];

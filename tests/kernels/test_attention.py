@@ -54,32 +54,75 @@ def test_documents_of_all_lengths_are_padded_to_a_few() -> None:
     assert padded / int(starts[-1] - starts[0]) < 1.15
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
-@pytest.mark.parametrize(("causal", "scale"), [(True, 0.125), (False, 0.3)])
-def test_long_documents_in_bfloat16_are_nearly_as_exact_as_pytorchs_attention(causal: bool, scale: float) -> None:
-    """Scores up to 20, to whose last digits bfloat16 cannot hold them; several lengths, of which two are alike."""
-    lengths = (300, 600, 40, 300)
-    tensors = [x.bfloat16().detach().requires_grad_() for x in qkv(sum(lengths), 4, 64, kv_heads=2)]
-    with torch.no_grad():
-        tensors[0] *= 2.0
-    exact = [x.detach().double().requires_grad_() for x in tensors]
+_needs_bfloat16 = pytest.mark.skipif(
+    attention_cpu._compiled() is None, reason="no C++ compiler, or a processor that does not multiply bfloat16 numbers"
+)
+
+
+@_needs_bfloat16
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "scale"),
+    [(4, 4, 16, 0.25), (4, 2, 64, 0.125), (3, 1, 80, 0.3), (2, 2, 48, 0.2), (2, 1, 128, 0.1)],
+)
+def test_documents_in_bfloat16_are_as_exact_as_with_pytorchs_attention(
+    heads: int, kv_heads: int, head_dim: int, scale: float, causal: bool
+) -> None:
+    """Scores up to 20, to whose last digits bfloat16 cannot hold them; around the sizes of blocks; of one projection,
+    whose heads lie apart."""
+    lengths = (1, 63, 0, 64, 130, 128, 300, 65, 2)
+    widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
+    projected = (1.5 * torch.randn(sum(lengths), sum(widths))).bfloat16()
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    upstream = torch.randn(sum(lengths), 4, 64)
+    upstream = torch.randn(sum(lengths), heads, head_dim).bfloat16()
 
-    def results(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaf = projected.to(dtype).requires_grad_()
+        q, k, v = (x.unflatten(1, (-1, head_dim)) for x in leaf.split(widths, 1))
         with use("reference"):
-            out = attention(*inputs, causal=causal, scale=scale, cu_seqlens=starts)
-        return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+            out = attention(q, k, v, causal=causal, scale=scale, cu_seqlens=starts)
+        (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype))
+        return [out.detach(), *gradient.split(widths, 1)]
 
-    expected = results(exact)
-    errors = [(got - right).norm() / right.norm() for got, right in zip(results(tensors), expected, strict=True)]
+    expected = results(torch.float64)
+
+    def errors() -> list[float]:
+        pairs = zip(results(torch.bfloat16), expected, strict=True)
+        return [float((got - right).norm() / right.norm()) for got, right in pairs]
+
+    ours = errors()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_cpu, "_LONG", range(0))
-        others = [(got - right).norm() / right.norm() for got, right in zip(results(tensors), expected, strict=True)]
-    assert others != errors, "both took the same path"
-    for error, other in zip(errors, others, strict=True):
-        assert error < 2.5 * other
+        patch.setattr(attention_cpu, "_serves", lambda q: False)
+        others = errors()
+    assert others != ours, "both took the same path"
+    for error, other in zip(ours, others, strict=True):
+        assert error < 1.05 * other
         assert error < 0.01
+
+
+@_needs_bfloat16
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_in_bfloat16_keep_to_the_largest_score_where_scores_are_huge(causal: bool) -> None:
+    """Hundreds of thousands: far beyond what an exponential can take."""
+    tensors = [x.bfloat16().detach().requires_grad_() for x in qkv(300, 4, 64)]
+    exact = [x.detach().double() for x in tensors]
+    starts = torch.tensor([0, 300], dtype=torch.int32)
+    with use("reference"):
+        out, expected = (attention(*x, causal=causal, scale=2.0**15, cu_seqlens=starts) for x in (tensors, exact))
+    gradients = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert (out - expected).norm() / expected.norm() < 0.01
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@_needs_bfloat16
+def test_a_number_that_is_none_spoils_its_document_alone() -> None:
+    tensors = [x.bfloat16().detach() for x in qkv(200, 2, 32)]
+    tensors[1][30] = torch.nan
+    with use("reference"):
+        out = attention(*tensors, cu_seqlens=torch.tensor([0, 70, 200], dtype=torch.int32))
+    assert out[30:70].isnan().all()
+    assert out[:30].isfinite().all()
+    assert out[70:].isfinite().all()
 
 
 def test_a_causal_token_depends_on_no_later_one() -> None:
