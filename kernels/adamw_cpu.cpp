@@ -1,5 +1,6 @@
 // One step of AdamW over many tensors, in place, for what `adamw.py` defines: the same numbers as its reference, to the
-// bit, but each element read once and written once, on several threads.
+// bit but for square roots, which PyTorch rounds less exactly; but each element read once and written once, on several
+// threads.
 
 #include <algorithm>
 #include <array>

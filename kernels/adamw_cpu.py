@@ -1,5 +1,6 @@
 """The step of `tilewright.kernels.adamw` on a CPU where not all is float32: one pass over each element, on the threads
-that PyTorch has, in the C++ of `adamw_cpu.cpp`. Results equal those of the reference to the bit.
+that PyTorch has, in the C++ of `adamw_cpu.cpp`. Results equal those of the reference to the bit, but for its square
+roots: PyTorch's are often the neighbour of the nearest number.
 
 PyTorch's own fused kernel, which steps the others, wants parameter, gradient and state in one dtype.
 """

@@ -43,7 +43,15 @@ import torch.nn.functional as F
 from tilewright.kernels import flash_attention
 from tilewright.kernels.attention_cpu import packed_cpu
 from tilewright.kernels.autocast import to_lower_precision
-from tilewright.kernels.checks import check_float, check_same, check_shape, check_tensors, is_number, is_whole
+from tilewright.kernels.checks import (
+    check_float,
+    check_same,
+    check_shape,
+    check_starts,
+    check_tensors,
+    is_number,
+    is_whole,
+)
 from tilewright.kernels.dispatch import HAS_TRITON
 from tilewright.kernels.launch import Configuration, LaunchTable
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
@@ -159,11 +167,7 @@ def _check_documents(q: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int 
         raise ValueError(f"attention: max_seqlen is {max_seqlen!r}; it must be a whole number, and not negative")
     # Reading values on a GPU would wait for it, and under torch.compile there are none to read.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[0] or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(
-                f"attention: cu_seqlens goes from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}; it must rise from 0 "
-                f"to the {q.shape[0]} tokens of q and never fall"
-            )
+        check_starts("attention", cu_seqlens, q.shape[0])
         longest = int(cu_seqlens.diff().max())
         if max_seqlen is not None and longest > max_seqlen:
             raise ValueError(f"attention: max_seqlen is {max_seqlen} but cu_seqlens holds a document of {longest}")

@@ -20,15 +20,15 @@
 
 namespace {
 
-using tilewright::bfloat16, tilewright::exp_of, tilewright::kLanes, tilewright::largest_of, tilewright::narrowed;
-using tilewright::sum_of, tilewright::widened;
+using tilewright::bfloat16, tilewright::narrowed, tilewright::widened;
 
 using Pair = uint32_t;  // two bfloat16 numbers, the first in the lower half
 
 constexpr int kPanel = 64;  // columns
 constexpr int kRows = 4;    // of which a panel's sums stay in registers
-constexpr int kQueries = 64, kKeys = 128;
-static_assert(kQueries % kPanel == 0 && kKeys % kPanel == 0 && kPanel == kLanes);
+constexpr int kQueries = 64, kKeys = 128;  // of a block
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+static_assert(kQueries == kPanel && kKeys == 2 * kPanel);
 
 Pair pair_of(bfloat16 first, bfloat16 second) { return Pair{first} | Pair{second} << 16; }
 Pair pair_of(float first, float second) {
@@ -65,8 +65,14 @@ void rows_of_pairs(const Head& x, int64_t begin, int64_t end, int64_t rows, int6
 // Likewise, but transposed: (dim, rows / 2), each of pairs of tokens.
 void columns_of_pairs(const Head& x, int64_t begin, int64_t end, int64_t rows, int64_t dim, Pair* out) {
   for (int64_t i = begin; i < begin + rows; i += 2, ++out)
-    for (int64_t d = 0; d < dim; ++d)
-      out[d * (rows / 2)] = i < end ? pair_of(x.token(i)[d], i + 1 < end ? x.token(i + 1)[d] : bfloat16{0}) : Pair{0};
+    for (int64_t d = 0; d < dim; d += 16) {
+      Pair pairs[16] = {};
+      if (i + 1 < end)
+        for (int j = 0; j < 16; ++j) pairs[j] = pair_of(x.token(i)[d + j], x.token(i + 1)[d + j]);
+      else if (i < end)
+        for (int j = 0; j < 16; ++j) pairs[j] = x.token(i)[d + j];
+      for (int j = 0; j < 16; ++j) out[(d + j) * (rows / 2)] = pairs[j];
+    }
 }
 
 // Panels of tokens as columns, `dim` rows in pairs: (tokens / 64, dim / 2, 64), zeros up to `tokens`.
@@ -138,6 +144,28 @@ void product(const Pair* a, int64_t a_stride, const Pair* b, int64_t panel, int6
     }
 }
 
+// exp(x) within 2 units in the last place where x is at most 0, but 0 below about −103; after `exp_of` of a number, with
+// what this processor has for 2ⁿ.
+inline __m512 exp_of(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // the second where one is no number
+  const __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  __m512 series = _mm512_set1_ps(1.0f / 5040);
+  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * r + term;
+  return _mm512_scalef_ps(series, n);
+}
+
+// Of 16 columns from `first` on, those that a row has that ends before `end`.
+inline __mmask16 columns_before(int64_t end, int first) {
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_cmplt_epi32_mask(places, _mm512_set1_epi32(static_cast<int>(end) - first));
+}
+
+inline __m512i pairs_of(__m256bh first, __m256bh second) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)first), high = _mm512_cvtepu16_epi32((__m256i)second);
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
 // Memory for a thread, in lines of the cache.
 class Room {
  public:
@@ -159,9 +187,6 @@ class Room {
 // The keys from `key` on that queries before `end` see, in whole panels.
 int64_t width_of(int64_t key, int64_t end) { return std::min<int64_t>(kKeys, round_up(end - key, kPanel)); }
 
-// How many of `width` keys from `key` on a query sees that sees `visible` of its document.
-int64_t seen_of(int64_t visible, int64_t key, int64_t width) { return std::clamp<int64_t>(visible - key, 0, width); }
-
 struct Forward {
   int64_t longest, dim;
   bool causal;
@@ -181,22 +206,23 @@ struct Forward {
     panels_of_dims(v, 0, length, round_up(length, kKeys), dim, values);
   }
 
-  // The weights of a row of scores, and what they change in the row's sums so far.
-  void weigh(int64_t row, int64_t seen, int64_t width) {
-    float* s = scores + row * kKeys;
-    for (int64_t j = 0; j < width; ++j) s[j] *= scale;
-    std::fill(s + seen, s + width, -std::numeric_limits<float>::infinity());
-    const float larger = tilewright::larger(top[row], largest_of(s, width));
-    float lanes[kLanes] = {};
-    bfloat16* w = weights + row * kKeys;
-    for (int64_t start = 0; start < width; start += kLanes)
-      for (int i = 0; i < kLanes; ++i) {
-        const float e = exp_of(s[start + i] - larger);
-        lanes[i] += e;
-        narrowed(e, w[start + i]);
-      }
-    const float rest = exp_of(top[row] - larger);
-    total[row] = total[row] * rest + sum_of(lanes);
+  // The weights of a row of scores, of which the first `seen` count, and what they change in the row's sums so far.
+  template <int Vectors>
+  void weigh(int64_t row, int64_t seen) {
+    __m512 s[Vectors], most = _mm512_set1_ps(top[row]), sum = _mm512_setzero_ps();
+    for (int v = 0; v < Vectors; ++v) {
+      const __m512 scaled = _mm512_load_ps(scores + row * kKeys + 16 * v) * scale;
+      s[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), columns_before(seen, 16 * v), scaled);
+      most = _mm512_max_ps(s[v], most);  // the second where one is no number
+    }
+    const float larger = _mm512_reduce_max_ps(most);
+    for (int v = 0; v < Vectors; ++v) {
+      const __m512 e = exp_of(s[v] - larger);
+      sum += e;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(weights + row * kKeys + 16 * v), (__m256i)_mm512_cvtneps_pbh(e));
+    }
+    const float rest = tilewright::exp_of(top[row] - larger);
+    total[row] = total[row] * rest + _mm512_reduce_add_ps(sum);
     top[row] = larger;
     if (rest != 1.0f)
       for (int64_t d = 0; d < dim; ++d) sums[row * dim + d] *= rest;
@@ -206,15 +232,17 @@ struct Forward {
     for (int64_t first = 0; first < length; first += kQueries) {
       const int64_t count = std::min<int64_t>(kQueries, length - first), rows = round_up(count, kRows);
       rows_of_pairs(q, first, first + count, rows, dim, queries);
-      std::fill_n(top, rows, -std::numeric_limits<float>::infinity());
+      std::fill_n(top, rows, -kInfinity);
       std::fill_n(total, rows, 0.0f);
       std::fill_n(sums, rows * dim, 0.0f);
       const int64_t end = causal ? first + count : length;
       for (int64_t key = 0; key < end; key += kKeys) {
         const int64_t width = width_of(key, end);
         product(queries, dim / 2, keys + key * dim / 2, kPanel * dim / 2, rows, width, dim / 2, scores, kKeys, false);
-        for (int64_t row = 0; row < rows; ++row)
-          weigh(row, seen_of(causal ? first + std::min(row, count - 1) + 1 : length, key, width), width);
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t seen = (causal ? first + std::min(row, count - 1) + 1 : length) - key;
+          width == kKeys ? weigh<kKeys / 16>(row, seen) : weigh<kPanel / 16>(row, seen);
+        }
         product(reinterpret_cast<const Pair*>(weights), kKeys / 2, values + key / 2 * kPanel,
                 round_up(length, kKeys) / 2 * kPanel, rows, dim, width / 2, sums, dim, true);
       }
@@ -280,24 +308,22 @@ struct Backward {
     std::fill_n(dq + at * dim, round_up(length, kQueries) * dim, 0.0f);
   }
 
-  // Weights and the scores' gradients of queries `row` and `row + 1` of a block, of which each sees so many keys.
-  void differentiate(int64_t at, int64_t row, int64_t seen, int64_t seen_next, int64_t width) {
-    for (int64_t r = row; r < row + 2; ++r) {
-      float *s = scores + r * kKeys, *p = products + r * kKeys;
-      const float less = lse[at + r], mean = delta[at + r];
-      const int64_t count = r == row ? seen : seen_next;
-      for (int64_t j = 0; j < width; ++j) {
-        const float e = exp_of(s[j] * scale - less);
-        s[j] = e, p[j] = e * (p[j] - mean);
+  // Weights and the scores' gradients of queries `row` and `row + 1` of a block, which see so many keys of it.
+  template <int Vectors>
+  void differentiate(int64_t at, int64_t row, const int64_t (&seen)[2]) {
+    for (int v = 0; v < Vectors; ++v) {
+      __m256bh w[2], d[2];
+      for (int i = 0; i < 2; ++i) {
+        const int64_t place = (row + i) * kKeys + 16 * v;
+        const __mmask16 mask = columns_before(seen[i], 16 * v);
+        const __m512 e = _mm512_maskz_mov_ps(mask, exp_of(_mm512_load_ps(scores + place) * scale - lse[at + row + i]));
+        const __m512 centred = _mm512_load_ps(products + place) - delta[at + row + i];
+        w[i] = _mm512_cvtneps_pbh(e), d[i] = _mm512_cvtneps_pbh(_mm512_maskz_mul_ps(mask, e, centred));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(dscore_rows + place), (__m256i)d[i]);
       }
-      std::fill(s + count, s + width, 0.0f), std::fill(p + count, p + width, 0.0f);
-      for (int64_t j = 0; j < width; ++j) narrowed(p[j], dscore_rows[r * kKeys + j]);
-    }
-    for (int64_t j = 0; j < width; j += kPanel) {
-      const int64_t to = (j * (kQueries / 2)) + row / 2 * kPanel;
-      const float *s = scores + row * kKeys + j, *p = products + row * kKeys + j;
-      for (int i = 0; i < kPanel; ++i) weights[to + i] = pair_of(s[i], s[kKeys + i]);
-      for (int i = 0; i < kPanel; ++i) dscores[to + i] = pair_of(p[i], p[kKeys + i]);
+      const int64_t place = 16 * v / kPanel * kPanel * (kQueries / 2) + row / 2 * kPanel + 16 * v % kPanel;
+      _mm512_store_si512(weights + place, pairs_of(w[0], w[1]));
+      _mm512_store_si512(dscores + place, pairs_of(d[0], d[1]));
     }
   }
 
@@ -316,11 +342,10 @@ struct Backward {
           product(queries + at * dim / 2, dim / 2, keys, kPanel * dim / 2, kQueries, width, dim / 2, scores, kKeys, false);
           product(upstream + at * dim / 2, dim / 2, values, kPanel * dim / 2, kQueries, width, dim / 2, products, kKeys,
                   false);
+          const auto seen = [&](int64_t row) { return row < count ? (causal ? first + row + 1 : length) - key : 0; };
           for (int64_t row = 0; row < kQueries; row += 2) {
-            const auto seen = [&](int64_t r) {
-              return r < count ? seen_of(causal ? first + r + 1 : length, key, width) : 0;
-            };
-            differentiate(at, row, seen(row), seen(row + 1), width);
+            const int64_t both[2] = {seen(row), seen(row + 1)};
+            width == kKeys ? differentiate<kKeys / 16>(at, row, both) : differentiate<kPanel / 16>(at, row, both);
           }
           product(upstream_columns + at * dim / 2, kPairs, weights, kPairs * kPanel, dim, width, kPairs, dv, kKeys, true);
           product(query_columns + at * dim / 2, kPairs, dscores, kPairs * kPanel, dim, width, kPairs, dk, kKeys, true);
@@ -367,6 +392,9 @@ struct Sizes {
     for (int64_t i = 0; i < documents; ++i) result = std::max(result, starts[i + 1] - starts[i]);
     return result;
   }
+
+  // Those of which each has a document's keys to work on.
+  int threads(int most) const { return static_cast<int>(std::min<int64_t>(most, documents * key_heads)); }
 };
 
 }  // namespace
@@ -378,7 +406,7 @@ extern "C" void tilewright_attention_forward(const Sizes* sizes, const Packed* q
                                              const Packed* out, float* lse, int threads) {
   const Sizes& s = *sizes;
   const int64_t group = s.heads / s.key_heads;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(s.threads(threads))
   {
     Forward forward{.longest = s.longest(), .dim = s.dim, .causal = s.causal != 0, .scale = s.scale};
 #pragma omp for schedule(dynamic)
@@ -397,7 +425,7 @@ extern "C" void tilewright_attention_backward(const Sizes* sizes, const Packed* 
                                               const Packed* dk, const Packed* dv, int threads) {
   const Sizes& s = *sizes;
   const int64_t group = s.heads / s.key_heads;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(s.threads(threads))
   {
     Backward backward{.longest = s.longest(), .dim = s.dim, .causal = s.causal != 0, .scale = s.scale, .group = group};
 #pragma omp for schedule(dynamic)

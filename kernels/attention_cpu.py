@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tilewright.kernels.checks import check_starts
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.native import library
 from tilewright.kernels.rows import accumulation_dtype
@@ -142,6 +143,7 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and, for the backward pass, lse (heads, tokens)."""
+    check_starts("attention", cu_seqlens, q.shape[0])  # which nobody could while the call was being compiled
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype), device=q.device)
     if _serves(q):

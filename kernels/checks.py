@@ -3,6 +3,7 @@ what is allowed."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -58,3 +59,13 @@ def check_same(op: str, first: str, x: torch.Tensor, *, dtype: bool = True, **ot
             raise ValueError(f"{op}: {name} is on {other.device} and {first} on {x.device}; move one to the other")
         if dtype and other.dtype is not x.dtype:
             raise ValueError(f"{op}: {name} has dtype {other.dtype} and {first} {x.dtype}; convert one to the other")
+
+
+def check_starts(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """`cu_seqlens` rises from 0 to all tokens; reads its values."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != tokens or any(start > end for start, end in itertools.pairwise(starts)):
+        raise ValueError(
+            f"{op}: cu_seqlens goes from {starts[0]} to {starts[-1]}; it must rise from 0 to the {tokens} tokens of q "
+            "and never fall"
+        )

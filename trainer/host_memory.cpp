@@ -54,6 +54,7 @@ class Pool final : public c10::Allocator {
 
   Range take(size_t bytes);
   Range assemble(size_t bytes);
+  void drain();
   void index(Freed::iterator range) { of_size_[range->bytes].push_back(range); }
   void forget(Freed::iterator range);
 
@@ -93,7 +94,12 @@ void Pool::forget(Freed::iterator range) {
 // refuses.
 Range Pool::take(size_t bytes) {
   auto& same = of_size_[bytes];
-  if (same.empty()) return assemble(bytes);
+  if (same.empty()) {
+    Range range = assemble(bytes);
+    if (range.data || freed_.empty()) return range;
+    drain();  // its mappings may be what there are too many of
+    return assemble(bytes);
+  }
   auto latest = same.back();
   same.pop_back();
   Range range = *latest;
@@ -101,21 +107,23 @@ Range Pool::take(size_t bytes) {
   return range;
 }
 
+// From its end on, as what it is made of is taken from there too: pages that stood beside each other still do, and stay
+// one mapping of the system's.
 Range Pool::assemble(size_t bytes) {
   Range range{reserve(bytes), bytes};
   if (!range.data) return {};
-  size_t filled = 0;
+  char* filled = range.data + bytes;
   bool refused = false;
-  while (!refused && filled < bytes && !freed_.empty()) {
+  while (!refused && filled > range.data && !freed_.empty()) {
     auto oldest = freed_.begin();
     forget(oldest);
-    while (filled < bytes && oldest->bytes) {
+    while (filled > range.data && oldest->bytes) {
       char* last = oldest->data + oldest->bytes - kUnit;
       // As where the process has as many mappings as it may.
-      refused = mremap(last, kUnit, kUnit, MREMAP_MAYMOVE | MREMAP_FIXED, range.data + filled) == MAP_FAILED;
+      refused = mremap(last, kUnit, kUnit, MREMAP_MAYMOVE | MREMAP_FIXED, filled - kUnit) == MAP_FAILED;
       if (refused) break;
       oldest->bytes -= kUnit;
-      filled += kUnit;
+      filled -= kUnit;
     }
     if (oldest->bytes) {
       index(oldest);
@@ -123,13 +131,21 @@ Range Pool::assemble(size_t bytes) {
       freed_.erase(oldest);
     }
   }
-  // The addresses that are left are given up where a move was refused: it may have unmapped its own, and another thread
-  // have them by now.
-  char* rest = range.data + filled;
-  if (filled == bytes || (!refused && !mprotect(rest, bytes - filled, PROT_READ | PROT_WRITE))) return range;
-  if (!refused) munmap(rest, bytes - filled);
-  if (filled) index(freed_.insert(freed_.end(), Range{range.data, filled}));
+  size_t rest = filled - range.data;
+  if (!rest || (!refused && !mprotect(range.data, rest, PROT_READ | PROT_WRITE))) return range;
+  // A refused move may have unmapped its addresses, and another thread have them by now.
+  if (refused) rest -= kUnit;
+  if (rest) munmap(range.data, rest);
+  if (filled < range.data + bytes)
+    index(freed_.insert(freed_.end(), Range{filled, static_cast<size_t>(range.data + bytes - filled)}));
   return {};
+}
+
+// Give the system back what is freed.
+void Pool::drain() {
+  for (const Range& range : freed_) munmap(range.data, range.bytes);
+  freed_.clear();
+  of_size_.clear();
 }
 
 c10::DataPtr Pool::allocate(size_t n) {

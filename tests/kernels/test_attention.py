@@ -351,6 +351,16 @@ def test_autocast_computes_in_its_dtype_as_pytorchs_attention_does(mode: str) ->
     assert all(g.dtype == torch.float32 for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("starts", [[0, 20], [0, 41], [1, 40], [0, 30, 20, 40], [0, 2**31 - 1, 40]])
+def test_compiled_attention_refuses_documents_that_do_not_fit(starts: list[int], dtype: torch.dtype) -> None:
+    """Their values are not there to be checked while it is traced."""
+    tensors = [x.detach().to(dtype) for x in qkv(40, 2, 16)]
+    compiled = torch.compile(lambda *x: attention(*x[:3], cu_seqlens=x[3]), backend="eager", dynamic=False)
+    with use("reference"), pytest.raises(ValueError, match="must rise from 0 to the 40 tokens"):
+        compiled(*tensors, torch.tensor(starts, dtype=torch.int32))
+
+
 def test_packed_attention_compiles_without_the_longest_document_and_with_every_option() -> None:
     tensors = qkv(20, 2, 8)
     starts = torch.tensor([0, 12, 20], dtype=torch.int32)

@@ -167,6 +167,49 @@ for count in (12, 64, 15):
     assert said.split() == ["12", "True", "64", "True", "15", "True"]
 
 
+def test_memory_moved_from_buffer_to_buffer_stays_in_few_mappings() -> None:
+    said = output_of("""
+keep_freed_memory()
+mappings = lambda: sum(1 for _ in open("/proc/self/maps"))
+x = torch.ones(128 * 2**20)
+before = mappings()
+del x
+for less in range(1, 40):
+    x = torch.ones(128 * 2**20 - less * 2**19)
+    del x
+print(mappings() - before)
+""")
+    assert int(said) < 20
+
+
+def test_a_process_with_all_the_mappings_it_may_have_goes_on_and_leaks_none() -> None:
+    said = output_of("""
+import ctypes
+keep_freed_memory()
+limit = int(open("/proc/sys/vm/max_map_count").read())
+mappings = lambda: sum(1 for _ in open("/proc/self/maps"))
+size = lambda: int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) // 1024
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+x = torch.ones(64 * 2**20)
+del x
+count = limit - mappings() - 10
+pages = libc.mmap(None, count * 4096, 0, 0x22, -1, 0)
+for page in range(0, count, 2):
+    if libc.mprotect(pages + page * 4096, 4096, 1):
+        break
+before = size()
+for less in range(30):
+    x = torch.full((64 * 2**20 - less % 7 * 2**19,), float(less))
+    assert bool((x == less).all())
+    del x
+print(size() - before < 600)
+""")
+    assert said == "True"
+
+
 def test_training_on_a_cpu_does_without_triton(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """The command itself, in a process that has imported nothing of Tilewright before."""
     script = f"""
