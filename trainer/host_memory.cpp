@@ -25,6 +25,8 @@ namespace {
 constexpr size_t kUnit = size_t{2} << 20;
 // Smaller buffers are malloc's, as they would fill less than most of a unit.
 constexpr size_t kLarge = kUnit / 4 * 3;
+// From here on a buffer's last unit may be resident whole, however little of it is in use.
+constexpr size_t kHuge = kUnit * 4;
 // Larger ones, which no machine has, too: their sizes could not be rounded up.
 constexpr size_t kMost = SIZE_MAX / 2;
 
@@ -132,7 +134,12 @@ Range Pool::assemble(size_t bytes) {
     }
   }
   size_t rest = filled - range.data;
-  if (!rest || (!refused && !mprotect(range.data, rest, PROT_READ | PROT_WRITE))) return range;
+  if (!rest) return range;
+  if (!refused && !mprotect(range.data, rest, PROT_READ | PROT_WRITE)) {
+    // Units as pages of their own, where the system grants them: fewer addresses to translate.
+    if (rest >= kHuge) madvise(range.data, rest, MADV_HUGEPAGE);
+    return range;
+  }
   // A refused move may have unmapped its addresses, and another thread have them by now.
   if (refused) rest -= kUnit;
   if (rest) munmap(range.data, rest);
