@@ -127,19 +127,26 @@ inline void tile(const Pair* a, int64_t a_stride, const Pair* b, int64_t pairs, 
     for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(c + row * c_stride + 16 * v, sums[row][v]);
 }
 
+// What of a product matters for four rows: the first columns of the result, and pairs of the sums.
+struct Part {
+  int64_t columns, pairs;
+};
+
 // c (rows, columns) is, or has added, a (rows, pairs) · b, of which `panel` numbers are a panel: whole fours of rows,
-// whole sixteens of columns.
-void product(const Pair* a, int64_t a_stride, const Pair* b, int64_t panel, int64_t rows, int64_t columns, int64_t pairs,
-             float* c, int64_t c_stride, bool adds) {
+// whole sixteens of columns. `part_of` a row is what is computed of it and the next three.
+template <typename PartOf>
+void product(const Pair* a, int64_t a_stride, const Pair* b, int64_t panel, int64_t rows, int64_t columns,
+             const PartOf& part_of, float* c, int64_t c_stride, bool adds) {
   for (int64_t column = 0; column < columns; column += kPanel, b += panel)
     for (int64_t row = 0; row < rows; row += kRows) {
+      const Part part = part_of(row);
       const Pair* of_row = a + row * a_stride;
       float* to = c + row * c_stride + column;
-      switch (std::min<int64_t>(kPanel, columns - column) / 16) {
-        case 4: tile<4>(of_row, a_stride, b, pairs, to, c_stride, adds); break;
-        case 3: tile<3>(of_row, a_stride, b, pairs, to, c_stride, adds); break;
-        case 2: tile<2>(of_row, a_stride, b, pairs, to, c_stride, adds); break;
-        default: tile<1>(of_row, a_stride, b, pairs, to, c_stride, adds);
+      switch (std::clamp<int64_t>((part.columns - column + 15) / 16, 0, kPanel / 16)) {
+        case 4: tile<4>(of_row, a_stride, b, part.pairs, to, c_stride, adds); break;
+        case 3: tile<3>(of_row, a_stride, b, part.pairs, to, c_stride, adds); break;
+        case 2: tile<2>(of_row, a_stride, b, part.pairs, to, c_stride, adds); break;
+        case 1: tile<1>(of_row, a_stride, b, part.pairs, to, c_stride, adds);
       }
     }
 }
@@ -238,13 +245,14 @@ struct Forward {
       const int64_t end = causal ? first + count : length;
       for (int64_t key = 0; key < end; key += kKeys) {
         const int64_t width = width_of(key, end);
-        product(queries, dim / 2, keys + key * dim / 2, kPanel * dim / 2, rows, width, dim / 2, scores, kKeys, false);
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t seen = (causal ? first + std::min(row, count - 1) + 1 : length) - key;
-          width == kKeys ? weigh<kKeys / 16>(row, seen) : weigh<kPanel / 16>(row, seen);
-        }
+        const auto seen = [&](int64_t row) { return (causal ? first + std::min(row, count - 1) + 1 : length) - key; };
+        const auto columns = [&](int64_t row) { return Part{std::min(width, seen(row + kRows - 1)), dim / 2}; };
+        product(queries, dim / 2, keys + key * dim / 2, kPanel * dim / 2, rows, width, columns, scores, kKeys, false);
+        for (int64_t row = 0; row < rows; ++row)
+          width == kKeys ? weigh<kKeys / 16>(row, seen(row)) : weigh<kPanel / 16>(row, seen(row));
+        const auto pairs = [&](int64_t row) { return Part{dim, (columns(row).columns + 1) / 2}; };
         product(reinterpret_cast<const Pair*>(weights), kKeys / 2, values + key / 2 * kPanel,
-                round_up(length, kKeys) / 2 * kPanel, rows, dim, width / 2, sums, dim, true);
+                round_up(length, kKeys) / 2 * kPanel, rows, dim, pairs, sums, dim, true);
       }
       for (int64_t row = 0; row < count; ++row) {
         bfloat16* to = out.token(first + row);
@@ -339,18 +347,23 @@ struct Backward {
         for (int64_t first = causal ? key / kQueries * kQueries : 0; first < length; first += kQueries) {
           const int64_t at = member * most + first, count = std::min<int64_t>(kQueries, length - first);
           const int64_t width = width_of(key, causal ? first + count : length);
-          product(queries + at * dim / 2, dim / 2, keys, kPanel * dim / 2, kQueries, width, dim / 2, scores, kKeys, false);
-          product(upstream + at * dim / 2, dim / 2, values, kPanel * dim / 2, kQueries, width, dim / 2, products, kKeys,
-                  false);
           const auto seen = [&](int64_t row) { return row < count ? (causal ? first + row + 1 : length) - key : 0; };
+          const auto columns = [&](int64_t row) {
+            return Part{std::min(width, seen(std::min(row + kRows, count) - 1)), dim / 2};
+          };
+          const int64_t rows = round_up(count, kRows);
+          product(queries + at * dim / 2, dim / 2, keys, kPanel * dim / 2, rows, width, columns, scores, kKeys, false);
+          product(upstream + at * dim / 2, dim / 2, values, kPanel * dim / 2, rows, width, columns, products, kKeys, false);
           for (int64_t row = 0; row < kQueries; row += 2) {
             const int64_t both[2] = {seen(row), seen(row + 1)};
             width == kKeys ? differentiate<kKeys / 16>(at, row, both) : differentiate<kPanel / 16>(at, row, both);
           }
-          product(upstream_columns + at * dim / 2, kPairs, weights, kPairs * kPanel, dim, width, kPairs, dv, kKeys, true);
-          product(query_columns + at * dim / 2, kPairs, dscores, kPairs * kPanel, dim, width, kPairs, dk, kKeys, true);
-          product(reinterpret_cast<const Pair*>(dscore_rows), kKeys / 2, key_rows, kKeys / 2 * kPanel, kQueries, dim,
-                  width / 2, dq + at * dim, dim, true);
+          const auto all = [&](int64_t) { return Part{width, round_up(count, 2) / 2}; };
+          product(upstream_columns + at * dim / 2, kPairs, weights, kPairs * kPanel, dim, width, all, dv, kKeys, true);
+          product(query_columns + at * dim / 2, kPairs, dscores, kPairs * kPanel, dim, width, all, dk, kKeys, true);
+          const auto pairs = [&](int64_t row) { return Part{dim, (columns(row).columns + 1) / 2}; };
+          product(reinterpret_cast<const Pair*>(dscore_rows), kKeys / 2, key_rows, kKeys / 2 * kPanel, rows, dim, pairs,
+                  dq + at * dim, dim, true);
         }
       give_keys(dk, scale, key, last, to_k);
       give_keys(dv, 1.0f, key, last, to_v);

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tilewright.kernels.checks import check_starts
+from tilewright.kernels.dispatch import demanded
 from tilewright.kernels.library import differentiate, refuse_double_backward, register
 from tilewright.kernels.native import library
 from tilewright.kernels.rows import accumulation_dtype
@@ -54,8 +55,9 @@ def _compiled() -> ctypes.CDLL | None:
 
 
 def _serves(q: torch.Tensor) -> bool:
-    """Whether q and its keys and values go through the source."""
-    return q.dtype == torch.bfloat16 and q.shape[2] % 16 == 0 and q.numel() > 0 and _compiled() is not None
+    """Whether q and its keys and values go through the source, where nothing else is demanded."""
+    fitting = q.dtype == torch.bfloat16 and q.shape[2] % 16 == 0 and q.numel() > 0
+    return fitting and not demanded() and _compiled() is not None
 
 
 def _call(
