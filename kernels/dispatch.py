@@ -2,9 +2,8 @@
 
 - On a CUDA device the Triton kernels run.
 - On CPU the plain PyTorch reference runs, which Inductor can fuse with its neighbours; an opaque kernel would not be.
-  Where nothing is there to be fused, some of it is C++ (the `*_cpu.py` of this folder): packed attention in bfloat16, the
-  rows of a loss, AdamW's mixed dtypes. That needs a C++ compiler; without one, and where the reference is demanded,
-  all is PyTorch.
+  Where there is nothing to fuse, some of it is C++ (the `*_cpu.py` of this folder): packed attention in bfloat16, the
+  rows of a loss, AdamW's mixed dtypes. Without a C++ compiler, and where the reference is demanded, all is PyTorch.
 - ``tilewright.kernels.use("triton" | "reference" | "auto")`` overrides the choice within a ``with`` block,
   the environment variable ``TILEWRIGHT_KERNELS`` for a whole process.
 
